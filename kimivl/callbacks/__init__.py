@@ -1,0 +1,8 @@
+"""What watches a run: its progress, its speed, its examples, and the signals that stop it."""
+
+from kimivl.callbacks.preemption import Preemption
+from kimivl.callbacks.progress import Progress
+from kimivl.callbacks.samples import Samples
+from kimivl.callbacks.throughput import Throughput
+
+__all__ = ["Preemption", "Progress", "Samples", "Throughput"]

@@ -1,0 +1,60 @@
+"""Stopping in good order: on a signal the run saves itself at the next optimiser step and says how to go on."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from kimivl.config import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Preemption(Callback):
+    """Turns Ctrl-C and the signals of schedulers into a checkpoint at a batch boundary.
+
+    Saving inside a signal handler would deadlock with uneven ranks: the handler only sets a flag, and all ranks agree
+    on it after a step. A second Ctrl-C stops at once, without saving.
+
+    Args:
+        path: where the checkpoint goes.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        between_steps = trainer.fit_loop._should_accumulate()
+        if between_steps or not self._any_rank(trainer):
+            return
+        trainer.save_checkpoint(self.path)
+        raise Interrupted(f"saved after step {trainer.global_step}; the same command with ckpt_path=last goes on")
+
+    def _any_rank(self, trainer: Trainer) -> bool:
+        flag = torch.tensor(float(self.received is not None), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(flag, reduce_op="max"))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

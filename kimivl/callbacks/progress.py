@@ -1,0 +1,79 @@
+"""One bar for the whole run in a terminal; one line per log step where there is none."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+SHOWN = {
+    "train/loss": "loss {:.3f}",
+    "perf/tokens_per_s": "{:,.0f} tok/s",
+    "rollout/accuracy": "rollout acc {:.2f}",
+    "rollout/length": "len {:.0f}",
+    "val/accuracy": "val acc {:.2f}",
+}
+"""What the bar says, in this order, of the metrics that a module marks with ``prog_bar``."""
+
+
+class Progress(ProgressBar):
+    """Steps done of all steps, the main figures, the time gone and left.
+
+    Args:
+        label: what stands in front, the stage.
+    """
+
+    def __init__(self, label: str = "train") -> None:
+        super().__init__()
+        self.label = label
+        self.console = Console()
+        self._bar: RichProgress | None = None
+        self._started = 0.0
+        self._first_step = 0
+
+    def disable(self) -> None:
+        self.console.quiet = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started, self._first_step = time.perf_counter(), trainer.global_step
+        if self.console.is_terminal and trainer.is_global_zero:
+            columns = ("[bold]{task.description}", BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+            left = ("left", TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"))
+            self._bar = RichProgress(*columns, *left, console=self.console)
+            self._bar.start()
+            total = int(trainer.estimated_stepping_batches)
+            self._task = self._bar.add_task(self.label, total=total, completed=trainer.global_step, figures="")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.global_step, figures=self._figures(trainer, pl_module))
+        elif trainer.is_global_zero and trainer.global_step % trainer.log_every_n_steps == 0:
+            total = int(trainer.estimated_stepping_batches)
+            elapsed = time.perf_counter() - self._started
+            left = elapsed / (trainer.global_step - self._first_step) * (total - trainer.global_step)
+            figures = self._figures(trainer, pl_module)
+            self.console.print(
+                f"{self.label} {trainer.global_step}/{total}  {elapsed:.0f} s, {left:.0f} s left  {figures}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        metrics = self.get_metrics(trainer, pl_module)
+        return "  ".join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,175 @@
+"""The typed schema of what every run has, and the checks that no schema can express.
+
+Swappable objects are YAML with ``_target_``; their schema is the constructor's signature, and ``check_targets``
+compares the two, so a misspelt or mistyped key is named before anything starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+_INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_args_", "_recursive_"}
+
+
+@dataclass
+class TrainConfig:
+    """Top-level keys of a run; the groups below them are YAML."""
+
+    stage: str = MISSING
+    name: str = MISSING
+    seed: int = MISSING
+    ckpt_path: str | None = None
+    init_from: str | None = None
+    optimized_metric: str = MISSING
+    test: bool = True
+    evaluation: Any = MISSING
+    trainer: Any = MISSING
+    model: Any = MISSING
+    data: Any = MISSING
+    module: Any = MISSING
+    optimizer: Any = MISSING
+    rollout: Any = MISSING
+    reward: Any = MISSING
+    objective: Any = None
+    sampler: Any = None
+    logger: Any = None
+    callbacks: Any = None
+    paths: dict[str, str] = field(default_factory=dict)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself; the message says how to go on."""
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name ``schema``."""
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Say foreseeable errors in one sentence and leave with exit code 2 (an interruption: 130), no traceback.
+
+    A multirun gets the exception itself, so that one failed job does not end the others' process.
+    """
+    try:
+        yield
+    except (ValueError, Interrupted) as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        print(f"\n{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, Interrupted) else 2)
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check what crosses the groups, and every target's keys and types.
+
+    Raises:
+        ValueError: naming the first wrong key and what it takes.
+    """
+    OmegaConf.resolve(cfg)
+    if cfg.data.get("phases") is not None and len(cfg.data.phases) == 0:
+        raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
+    for key, problem in check_targets(cfg):
+        raise ValueError(f"{key}: {problem}")
+
+
+def check_targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every mistake in the keys and simple types of ``_target_`` nodes under ``node``, as (key, what is wrong)."""
+    if isinstance(node, DictConfig):
+        if node.get("_target_") is not None:
+            yield from _check_target(node, path)
+        for name in node:
+            yield from check_targets(node[name], f"{path}.{name}" if path else str(name))
+    elif OmegaConf.is_list(node):
+        for number, item in enumerate(node):
+            yield from check_targets(item, f"{path}.{number}")
+
+
+def _check_target(node: DictConfig, path: str) -> Iterator[tuple[str, str]]:
+    try:
+        target = _locate(node["_target_"])
+    except (ImportError, AttributeError) as error:
+        yield f"{path}._target_", f"{node['_target_']} cannot be imported: {error}"
+        return
+    parameters, open_ended = _parameters(target)
+    for name in node:
+        if name in _INSTANTIATE_KEYS:
+            continue
+        if name not in parameters:
+            if not open_ended:
+                yield f"{path}.{name}", f"{node['_target_']} takes no such key; it takes {', '.join(parameters)}"
+        elif not _accepts(parameters[name], node[name]):
+            yield f"{path}.{name}", f"{node[name]!r} is not a {_spell(parameters[name])}"
+
+
+def _locate(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:
+        owner, _, method = module.rpartition(".")  # a class's own constructor, such as Class.from_x
+        return getattr(getattr(importlib.import_module(owner), method), attribute)
+
+
+def _parameters(target: Any) -> tuple[dict[str, Any], bool]:
+    """Parameters by name with their types, and whether any other key is taken too.
+
+    A subclass that hands ``**kwargs`` on to its base has the base's parameters besides its own.
+    """
+    found: dict[str, Any] = {}
+    owners = [cls for cls in target.__mro__ if "__init__" in vars(cls)] if inspect.isclass(target) else [target]
+    for owner in owners:
+        function = vars(owner)["__init__"] if inspect.isclass(owner) else owner
+        signature = inspect.signature(function)
+        hints = _hints(function)
+        for name, parameter in signature.parameters.items():
+            if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(name, hints.get(name, Any))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+            return found, False
+    return found, True
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):  # annotations of a library that exist for type checkers only
+        return {}
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a YAML value fits a type; only the simple types are judged, anything else passes."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(option, value) for option in typing.get_args(hint))
+    if hint is type(None):
+        return value is None
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    return True
+
+
+def _spell(hint: Any) -> str:
+    return getattr(hint, "__name__", None) if not typing.get_origin(hint) else str(hint).replace("typing.", "")

@@ -1,0 +1,254 @@
+"""Kimi-VL: vision tower -> projector -> language model (arXiv 2504.07491).
+
+The decoder is transformers' native DeepseekV3ForCausalLM. A training batch is one packed row: `cu_seqlens` says
+where its samples begin and end, and attention stays inside a sample.
+Legend: B rows, L row length, T packed tokens, S segments (samples), P patches, M image tokens, K targets, D width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DeepseekV3ForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from kimivl.model.attention import SEGMENT_ATTENTION, plan_segments
+from kimivl.model.configuration import KimiVLConfig
+from kimivl.model.experts import SORTED_EXPERTS
+from kimivl.model.official import OfficialFormat
+from kimivl.model.projector import MultiModalProjector
+from kimivl.model.vision import MoonViT
+
+class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, GenerationMixin):
+    """The model of all three stages; on disk it has the official tensor names."""
+
+    config_class = KimiVLConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    _no_split_modules = ["DeepseekV3DecoderLayer", "Block"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: KimiVLConfig) -> None:
+        if config.vocab_size is None or config.media_placeholder_token_id is None:
+            raise ValueError(
+                "model.vocab_size and model.media_placeholder_token_id are null: fill them from the tokenizer "
+                "with config.with_tokenizer(tokenizer) before building the model"
+            )
+        config._attn_implementation = SEGMENT_ATTENTION
+        config.text_config._experts_implementation = SORTED_EXPERTS
+        super().__init__(config)
+        self.vision_tower = MoonViT(config.vision_config)
+        self.multi_modal_projector = MultiModalProjector(config)
+        self.language_model = DeepseekV3ForCausalLM(config.text_config)
+        self.post_init()
+        self._keep_router_bias_in_float32()
+
+    # ---- inputs -----------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def image_features(self, pixel_values: Tensor, image_grid_hws: Tensor) -> Tensor:
+        """(P, 3, 14, 14) pixels, uint8 or normalised, of all images -> (M, D) embeddings."""
+        dtype = self.multi_modal_projector.linear_1.weight.dtype
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = pixel_values.to(torch.float32) / 127.5 - 1.0
+        return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype), image_grid_hws))
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_hws: Tensor | None) -> Tensor:
+        """(B, L, D) embeddings, with the image placeholders replaced by image features, in order."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            self._no_placeholders(input_ids)
+            return embeds + self._touch_vision() if self.training and torch.is_grad_enabled() else embeds
+        if image_grid_hws is None:
+            raise ValueError("pixel_values without image_grid_hws: give the (h, w) of each image")
+        features = self.image_features(pixel_values, image_grid_hws)
+        places = (input_ids == self.config.media_placeholder_token_id).flatten().nonzero().squeeze(1)
+        if len(places) != len(features):
+            raise ValueError(
+                f"{len(places)} <|media_pad|> tokens in input_ids, but {len(features)} image tokens "
+                f"(h*w/4 of {len(image_grid_hws)} images): expand each placeholder with KimiVLProcessor"
+            )
+        return embeds.flatten(0, 1).index_copy(0, places, features.to(embeds.dtype)).view_as(embeds)
+
+    def _no_placeholders(self, input_ids: Tensor) -> None:
+        count = int((input_ids == self.config.media_placeholder_token_id).sum())
+        if count:
+            raise ValueError(f"{count} <|media_pad|> tokens in input_ids, but 0 image tokens: pass pixel_values")
+
+    def _touch_vision(self) -> Tensor:
+        """Zero, computed through the vision tower and the projector.
+
+        A pack without images runs the same modules as one with images, so that sharded ranks take part in the
+        same collectives and every parameter has a gradient.
+        """
+        size, (h, w) = self.config.vision_config.patch_size, self.config.vision_config.merge_kernel_size
+        pixels = torch.zeros(h * w, 3, size, size, device=self.device)
+        return self.image_features(pixels, torch.tensor([[h, w]])).sum() * 0.0
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hws: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Logits (B, L, V), or at `logits_to_keep` (the last n, or a 1-D index of positions) only.
+
+        `cu_seqlens` (S + 1,): the row is a pack of S samples; attention is causal inside each, positions restart.
+        Without it, rows are independent samples, padded as `attention_mask` (B, L) says; this is what generation
+        uses, with `past_key_values`.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+            inputs_embeds = (
+                self.get_input_embeddings()(input_ids)
+                if decoding and pixel_values is None
+                else self.embed(input_ids, pixel_values, image_grid_hws)
+            )
+        context = self._context(
+            inputs_embeds, cu_seqlens, position_ids, attention_mask, past_key_values, use_cache
+        )
+        return self.language_model(
+            inputs_embeds=inputs_embeds, logits_to_keep=logits_to_keep, **context, **kwargs
+        )
+
+    def _context(
+        self,
+        embeds: Tensor,
+        cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+    ) -> dict[str, Any]:
+        """What the decoder needs to know about who sees whom."""
+        if cu_seqlens is None:
+            if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = positions_of_mask(attention_mask)[:, -embeds.shape[1] :]
+            elif position_ids is not None:
+                refuse_restarts(position_ids, attention_mask)
+            return {
+                "position_ids": position_ids,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "use_cache": use_cache,
+            }
+        if use_cache or past_key_values is not None or attention_mask is not None:
+            raise ValueError("cu_seqlens describes a training pack: no cache and no attention_mask with it")
+        lengths = segment_lengths(cu_seqlens, embeds.shape)
+        return {
+            "position_ids": positions_of_pack(cu_seqlens) if position_ids is None else position_ids,
+            # transformers hands a 4-D mask through as it is, and builds no T x T mask of its own
+            "attention_mask": cu_seqlens.view(1, 1, 1, -1),
+            "segments": plan_segments(lengths, causal=True, device=embeds.device),
+            "use_cache": False,
+        }
+
+    def target_log_probs(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_hws: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Log-probabilities (K,) float32 of the targets of a pack.
+
+        `input_ids`, `targets` (T,): targets[t] is the token that position t predicts, or -100. The vocabulary
+        projection is applied at the K target positions only.
+        """
+        embeds = self.embed(input_ids[None], pixel_values, image_grid_hws)
+        context = self._context(embeds, cu_seqlens, None, None, None, False)
+        hidden = self.language_model.model(inputs_embeds=embeds, **context).last_hidden_state[0]
+        chosen = (targets != self.config.ignore_index).nonzero().squeeze(1)
+        logits = self.language_model.lm_head(hidden.index_select(0, chosen)).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        return -F.cross_entropy(logits, targets[chosen], reduction="none")
+
+    # ---- generation -------------------------------------------------------------------------------------------
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Repeat each row `expand_size` times, and its images with it (not patch by patch, as transformers would)."""
+        pixels, grids = kwargs.pop("pixel_values", None), kwargs.pop("image_grid_hws", None)
+        if pixels is not None:
+            kwargs_images = self._repeat_images(kwargs["input_ids"], pixels, grids, expand_size)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return input_ids, model_kwargs | (kwargs_images if pixels is not None else {})
+
+    def _repeat_images(self, ids: Tensor, pixels: Tensor, grids: Tensor, times: int) -> dict[str, Tensor]:
+        patches = grids.prod(1)
+        merged = patches.cumsum(0) // math.prod(self.config.vision_config.merge_kernel_size)
+        placeholders = (ids == self.config.media_placeholder_token_id).sum(1).cumsum(0)
+        row_of_image = torch.searchsorted(placeholders, merged).tolist()
+        images: list[int] = []
+        for row in range(len(ids)):
+            images += [image for image, owner in enumerate(row_of_image) if owner == row] * times
+        blocks = pixels.split(patches.tolist())
+        return {"pixel_values": torch.cat([blocks[i] for i in images]), "image_grid_hws": grids[images]}
+
+    def _keep_router_bias_in_float32(self) -> None:
+        for name, buffer in self.language_model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.data = buffer.data.float()
+
+
+def positions_of_pack(cu_seqlens: Tensor) -> Tensor:
+    """(1, T) positions that restart at each segment: cu_seqlens [0, 3, 5] -> [[0, 1, 2, 0, 1]]."""
+    lengths = cu_seqlens.diff()
+    start = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    return (torch.arange(len(start), device=cu_seqlens.device) - start)[None]
+
+
+def positions_of_mask(attention_mask: Tensor) -> Tensor:
+    """(B, L) positions of padded rows: the first attended token of a row is 0; padding gets 0 too."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def refuse_restarts(position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """ValueError for a pack given by its positions alone: a mask or a cache would let its samples see one another."""
+    restarts = position_ids.diff(dim=-1) <= 0
+    if attention_mask is not None and attention_mask.ndim == 2:
+        attended = attention_mask[:, -position_ids.shape[1] :].bool()
+        restarts = restarts & attended[:, 1:] & attended[:, :-1]
+    if restarts.numel() and bool(restarts.any()):
+        raise ValueError("position_ids restart inside a row: describe a pack with cu_seqlens")
+
+
+def segment_lengths(cu_seqlens: Tensor, shape: torch.Size) -> list[int]:
+    """Lengths of the segments of a (1, T, D) row; ValueError when they do not cover it."""
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    if shape[0] != 1 or ends[0] != 0 or ends[-1] != shape[1] or min(lengths, default=0) <= 0:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {shape[1]} tokens of one row, got {ends[:4]} ... {ends[-1]} "
+            f"for {shape[0]} row(s)"
+        )
+    return lengths

@@ -1,0 +1,176 @@
+"""Images and text to model inputs, at an image's native resolution.
+
+Arithmetic of one image (technical report section 2.1, and the official image processor): scale down when it has more
+patches than `in_token_limit`, pad right and bottom with black to multiples of 28, cut into 14 x 14 patches. A 2 x 2
+square of patches becomes one token of the language model.
+
+    1920 x 1080, limit 4096: 137 * 77 = 10549 patches -> scaled by 0.623 to 1196 x 672 -> padded to 1204 x 672
+                             -> grid (h, w) = (48, 86) -> 1032 tokens
+
+Legend: P patches, h w grid of an image in patches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+
+IMAGE_TOKEN = "<|media_pad|>"
+MAX_SIDE = 512  # patches
+
+
+class KimiVLImageProcessor(BaseImageProcessor):
+    """Images to patches and grids. Pure arithmetic and PIL: no torchvision."""
+
+    model_input_names = ["pixel_values", "image_grid_hws"]
+
+    def __init__(
+        self,
+        patch_size: int = 14,
+        merge_kernel_size: tuple[int, int] | list[int] = (2, 2),
+        in_token_limit: int = 4096,
+        pad_input: bool = True,
+        image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if set(image_mean) | set(image_std) != {0.5} or not pad_input:
+            raise ValueError("Kimi-VL's image processor has mean = std = 0.5 and pad_input = true")
+        self.patch_size = patch_size
+        self.merge_kernel_size = list(merge_kernel_size)
+        self.in_token_limit = in_token_limit
+        self.pad_input = pad_input
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(h, w) in patches, after scaling and padding, of an image of width x height pixels."""
+        return self._grid(*self._scaled(width, height))
+
+    def tokens(self, grid: tuple[int, int]) -> int:
+        """Tokens of the language model for a grid (h, w)."""
+        return grid[0] * grid[1] // math.prod(self.merge_kernel_size)
+
+    def patches(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """(P, 3, 14, 14) uint8 patches in raster order, and the grid (h, w)."""
+        width, height = self._scaled(*image.size)
+        h, w = self._grid(width, height)
+        if (width, height) != image.size:
+            image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+        size = self.patch_size
+        padded = np.zeros((h * size, w * size, 3), dtype=np.uint8)
+        padded[:height, :width] = np.asarray(image.convert("RGB"))
+        cut = torch.from_numpy(padded).view(h, size, w, size, 3).permute(0, 2, 4, 1, 3)
+        return cut.reshape(h * w, 3, size, size), (h, w)
+
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """`pixel_values` (P, 3, 14, 14) float32 normalised, and `image_grid_hws` (n_images, 2), of all images."""
+        cut = [self.patches(_as_pil(image)) for image in _flatten(images)]
+        data = {
+            "pixel_values": normalise(torch.cat([patches for patches, _ in cut])),
+            "image_grid_hws": torch.tensor([grid for _, grid in cut], dtype=torch.int64),
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        """Size in pixels within the patch budget; images are never scaled up."""
+        patches = (width // self.patch_size) * (height // self.patch_size)
+        if patches <= self.in_token_limit:
+            return width, height
+        scale = math.sqrt(self.in_token_limit / patches)
+        return int(width * scale), int(height * scale)
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Patches of a size in pixels, padded to whole tokens. The budget is soft: padding comes after scaling."""
+        merge_h, merge_w = self.merge_kernel_size
+        h = math.ceil(height / (self.patch_size * merge_h)) * merge_h
+        w = math.ceil(width / (self.patch_size * merge_w)) * merge_w
+        if not (0 < h < MAX_SIDE and 0 < w < MAX_SIDE):
+            raise ValueError(
+                f"an image of {width}x{height} pixels has {w}x{h} patches; each side must be under {MAX_SIDE} "
+                f"({MAX_SIDE * self.patch_size} pixels): crop it or drop the sample"
+            )
+        return h, w
+
+
+class KimiVLProcessor(ProcessorMixin):
+    """Image processor and tokenizer together; each `<|media_pad|>` becomes h*w/4 of them."""
+
+    def __init__(
+        self,
+        image_processor: KimiVLImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        return_tensors: str | None = None,
+        padding: bool | str = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Inputs of the model for one text or several, and all their images in order.
+
+        Text is tokenized first and the image token's id repeated afterwards. Raises ValueError, naming the text,
+        when placeholders and images differ in number.
+        """
+        pixels = self.image_processor(images) if images is not None and len(_flatten(images)) else None
+        data: dict[str, Any] = {} if pixels is None else dict(pixels)
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            grids = [] if pixels is None else [tuple(grid) for grid in pixels["image_grid_hws"].tolist()]
+            rows = self._expand(self.tokenizer(texts, add_special_tokens=False)["input_ids"], grids)
+            encoded = self.tokenizer.pad({"input_ids": rows}, padding=padding, return_tensors=return_tensors, **kwargs)
+            data = {**encoded, **data}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _expand(self, rows: list[list[int]], grids: list[tuple[int, int]]) -> list[list[int]]:
+        found = [row.count(self.image_token_id) for row in rows]
+        if sum(found) != len(grids):
+            raise ValueError(f"{len(grids)} images for {sum(found)} {IMAGE_TOKEN} (per text: {found})")
+        remaining = iter(grids)
+        return [
+            [
+                token
+                for token_id in row
+                for token in [token_id]
+                * (self.image_processor.tokens(next(remaining)) if token_id == self.image_token_id else 1)
+            ]
+            for row in rows
+        ]
+
+
+def normalise(patches: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    return patches.to(torch.float32) / 127.5 - 1.0
+
+
+def _flatten(images: Any) -> list[Any]:
+    if not isinstance(images, list | tuple):
+        return [images]
+    return [image for item in images for image in _flatten(item)]
+
+
+def _as_pil(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image must be a PIL image or a uint8 array (height, width, 3), got {array.dtype}")
+    return Image.fromarray(array)

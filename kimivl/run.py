@@ -1,0 +1,138 @@
+"""One run: config -> objects -> fit -> hand-over -> metric."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from kimivl import tracking
+from kimivl.checkpoint import MODEL, check_init_from, export_model, resume_path
+from kimivl.config import Interrupted, validate
+from kimivl.launch import check_launch
+
+log = logging.getLogger(__name__)
+
+_MAY_DIFFER = {"ckpt_path", "callbacks", "logger", "test", "trainer"}
+"""Keys that a run may change when it goes on from its own checkpoint."""
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Run the stage that ``cfg`` describes; returns ``optimized_metric``.
+
+    Raises:
+        ValueError: for anything wrong in the config, the data or the checkpoint, in one sentence.
+        Interrupted: when a signal stopped the run; what was trained is saved.
+    """
+    hydra_cfg = HydraConfig.get()
+    multirun = hydra_cfg.mode == RunMode.MULTIRUN
+    output_dir = Path(hydra_cfg.runtime.output_dir)
+    cfg.paths.output_dir = str(output_dir)
+    if multirun and cfg.logger and "wandb" in cfg.logger:
+        cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
+    validate(cfg)
+    check_launch(cfg.stage, cfg.trainer.devices, cfg.trainer.num_nodes, multirun)
+    check_init_from(cfg.stage, cfg.init_from, cfg.name)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    resume = _resume(output_dir, cfg.ckpt_path, config)
+    _quiet()
+    seed_everything(cfg.seed, verbose=False)
+    tracking.write_run(output_dir, status="running", config=config)
+    loggers = list(instantiate(cfg.logger, _convert_="all").values()) if cfg.logger else []
+    status = "failed"
+    try:
+        metrics = _fit_and_hand_over(cfg, output_dir, loggers, config, resume)
+        status = "success"
+        tracking.write_run(output_dir, status="finished", config=config, metrics=metrics)
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        tracking.write_run(output_dir, status="interrupted" if stopped else "failed", config=config)
+        raise
+    finally:
+        tracking.close(loggers, status)
+    return _optimized(metrics, cfg.optimized_metric)
+
+
+def _fit_and_hand_over(
+    cfg: DictConfig, output_dir: Path, loggers: list[Any], config: dict[str, Any], resume: Path | None
+) -> dict[str, float]:
+    datamodule = instantiate(cfg.data, _convert_="all")
+    module = instantiate(cfg.module, _convert_="all")
+    callbacks = list(instantiate(cfg.callbacks, _convert_="all").values()) if cfg.callbacks else []
+    trainer: Trainer = instantiate(
+        {"max_epochs": datamodule.max_epochs} | OmegaConf.to_container(cfg.trainer),  # type: ignore[operator]
+        callbacks=callbacks,
+        logger=loggers,
+        reload_dataloaders_every_n_epochs=1,
+        enable_progress_bar=any(hasattr(callback, "get_metrics") for callback in callbacks),
+        _convert_="all",
+    )
+    tracking.log_config(loggers, config)
+    started = time.perf_counter()
+    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+    seconds = time.perf_counter() - started
+    metrics = _floats(trainer)
+    if trainer.is_global_zero:
+        export_model(module.model, datamodule.processor, output_dir / MODEL)
+    if cfg.test:
+        trainer.test(module, datamodule, verbose=False)
+        metrics |= _floats(trainer)
+    metrics["seconds"] = seconds
+    if trainer.is_global_zero:
+        print(f"\n{cfg.stage}: model in {output_dir / MODEL}, {seconds:.0f} s of training")
+    return metrics
+
+
+def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
+    """What to go on from; an unfinished run of this folder goes on, but only with the settings that it began with."""
+    before = tracking.read_run(output_dir)
+    unfinished = before.get("status") in ("running", "interrupted", "failed")
+    resume = resume_path(output_dir, ckpt_path, unfinished)
+    if resume is None:
+        return None
+    if unfinished and resume.parent.parent == output_dir and (key := _difference(before["config"], config)):
+        raise ValueError(
+            f"{output_dir} holds an unfinished run with another {key}; go on with its settings, "
+            f"or remove {resume} to start anew"
+        )
+    log.info("going on from %s", resume)
+    return resume
+
+
+def _difference(before: Any, after: Any, path: str = "") -> str | None:
+    """The first key in which two configs differ, apart from those that may."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            if path == "" and key in _MAY_DIFFER:
+                continue
+            if found := _difference(before.get(key), after.get(key), f"{path}.{key}".strip(".")):
+                return found
+        return None
+    return None if before == after else f"{path} ({before!r}, now {after!r})"
+
+
+def _floats(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _optimized(metrics: dict[str, float], name: str) -> float | None:
+    if name in metrics:
+        return metrics[name]
+    log.warning("optimized_metric=%s was not measured; there are %s", name, ", ".join(sorted(metrics)))
+    return None
+
+
+def _quiet() -> None:
+    """Silence what Lightning says about things that are so by design here."""
+    for pattern in (".*does not have many workers.*", ".*is not resumable.*", ".*smaller than the logging interval.*"):
+        warnings.filterwarnings("ignore", pattern)
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

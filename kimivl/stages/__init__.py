@@ -1,0 +1,1 @@
+"""The three stages: each a LightningModule with its own LightningDataModule."""

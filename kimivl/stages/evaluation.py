@@ -1,0 +1,113 @@
+"""Held-out evaluation: each problem answered once greedily and several times at temperature 1."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kimivl.rl.rewards import Reward
+from kimivl.rl.rollout import RolloutEngine, response_seed
+from kimivl.rl.types import Problem, Response, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """One problem and what the model said to it, for reading."""
+
+    problem: Problem
+    response: str
+    correct: bool
+
+
+class Tally:
+    """Sums of an evaluation; its figures are means over problems (greedy) and over responses (sampled)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.by_difficulty: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        self.transcripts: list[Transcript] = []
+
+    def add(self, difficulty: int, greedy: Response, greedy_correct: bool, described: dict[str, float]) -> None:
+        self.sums["problems"] += 1
+        self.sums["correct"] += greedy_correct
+        self.sums["length"] += len(greedy)
+        self.sums["finished"] += greedy.finished
+        right_and_all = self.by_difficulty[difficulty]
+        right_and_all[0] += greedy_correct
+        right_and_all[1] += 1
+        for name, value in described.items():
+            self.sums[f"described/{name}"] += value
+
+    def add_sampled(self, response: Response, correct: bool) -> None:
+        self.sums["responses"] += 1
+        self.sums["sampled_correct"] += correct
+        self.sums["sampled_length"] += len(response)
+
+    def keep(self, transcript: Transcript, limit: int) -> None:
+        """Keep an example of a difficulty that has none yet, up to ``limit``."""
+        seen = {kept.problem.difficulty for kept in self.transcripts}
+        if len(self.transcripts) < limit and transcript.problem.difficulty not in seen:
+            self.transcripts.append(transcript)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures by name; lengths in tokens, ``finished`` the share that ended before the cap."""
+        problems = max(self.sums["problems"], 1)
+        responses = max(self.sums["responses"], 1)
+        figures = {
+            "accuracy": self.sums["correct"] / problems,
+            "length": self.sums["length"] / problems,
+            "finished": self.sums["finished"] / problems,
+            "problems": self.sums["problems"],
+        }
+        if self.sums["responses"]:
+            figures["sampled_accuracy"] = self.sums["sampled_correct"] / responses
+            figures["sampled_length"] = self.sums["sampled_length"] / responses
+        for level, (right, count) in sorted(self.by_difficulty.items()):
+            figures[f"accuracy_difficulty_{level}"] = right / count
+        for name, total in self.sums.items():
+            if name.startswith("described/"):
+                figures[name.removeprefix("described/")] = total / problems
+        return figures
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How held-out problems are answered.
+
+    Args:
+        max_new_tokens: hard cap of a response; one that reaches it counts as wrong.
+        samples: responses per problem at temperature 1, besides the greedy one.
+        transcripts: examples to keep, of different difficulties where there are as many.
+        seed: of the sampled responses.
+    """
+
+    max_new_tokens: int = 256
+    samples: int = 4
+    transcripts: int = 5
+    seed: int = 0
+
+    def run(
+        self,
+        problems: Sequence[Problem],
+        engine: RolloutEngine,
+        reward: Reward,
+        describe: Callable[[Response], dict[str, float]],
+        tally: Tally,
+    ) -> None:
+        """Answer and judge ``problems``, and add them to ``tally``."""
+        prompts = [problem.prompt for problem in problems]
+        zeros = [[0]] * len(problems)
+        greedy = engine.generate(prompts, zeros, Sampling(self.max_new_tokens, temperature=0))
+        for problem, (response,) in zip(problems, greedy, strict=True):
+            correct = reward.correct(response, problem.answer)
+            tally.add(problem.difficulty, response, correct, describe(response))
+            transcript = Transcript(problem, response.text, correct)
+            tally.keep(transcript, self.transcripts)
+        if self.samples == 0:
+            return
+        seeds = [[response_seed(self.seed, p.number, g) for g in range(self.samples)] for p in problems]
+        sampled = engine.generate(prompts, seeds, Sampling(self.max_new_tokens))
+        for problem, responses in zip(problems, sampled, strict=True):
+            for response in responses:
+                tally.add_sampled(response, reward.correct(response, problem.answer))

@@ -1,0 +1,154 @@
+"""Experience for stage 3: each epoch's loader is made of responses that the current policy has just drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from kimivl.data.pack import pack_samples
+from kimivl.rl.experience import TrajectoryBatch, collect, deal
+from kimivl.rl.sampler import CurriculumSampler
+from kimivl.rl.types import Experience, Problem, Sampling, trajectory
+from kimivl.stages.datamodule import StageDataModule
+
+
+class ExperienceLoader:
+    """The packs of one iteration from ``start`` on; sized as the whole iteration, like ``PackLoader``."""
+
+    def __init__(self, make: Callable[[int], TrajectoryBatch], length: int, start: int) -> None:
+        self._make, self._length, self._start = make, length, start
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[TrajectoryBatch]:
+        return map(self._make, range(self._start, self._length))
+
+
+class RLDataModule(StageDataModule):
+    """Asks the sampler for problems, the engine for responses, the reward for scores.
+
+    Args:
+        sampler: (difficulty column) -> the sampler.
+        problems: problems of an iteration. responses: responses to each, k in the paper.
+        updates: optimiser steps of an iteration.
+        max_new_tokens: hard cap of a response. temperature: of the draw.
+    """
+
+    trains_on_problems = True
+
+    def __init__(
+        self,
+        sampler: Callable[[np.ndarray], CurriculumSampler],
+        problems: int = 32,
+        responses: int = 8,
+        updates: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        **stage: Any,
+    ) -> None:
+        super().__init__(**stage)
+        self.make_sampler = sampler
+        self.problems = problems
+        self.responses = responses
+        self.updates = updates
+        self.sampling = Sampling(max_new_tokens, temperature)
+        self.experience: Experience | None = None
+        self.figures: dict[str, float] = {}
+
+    def setup(self, stage: str) -> None:
+        if hasattr(self, "sampler"):
+            return
+        super().setup(stage)
+        self.sampler = self.make_sampler(self.index.difficulty)
+
+    def schedule_phases(self) -> list[dict[str, Any]]:
+        return [{"steps": phase.epochs * self.updates, "lr": list(phase.lr)} for phase in self.phases]
+
+    def train_dataloader(self) -> ExperienceLoader:
+        assert self.trainer is not None
+        iteration, start = self.trainer.current_epoch, 0
+        if self.experience is not None and self.experience.iteration == iteration:
+            # An interrupted run goes on inside the iteration whose experience its checkpoint holds.
+            start = (self.trainer.global_step - iteration * self.updates) * self.trainer.accumulate_grad_batches
+        else:
+            self.experience = self._collect(iteration)
+        packs = self._deal(self.experience)
+        return ExperienceLoader(lambda number: self._batch(packs, number), len(packs), start)
+
+    def _collect(self, iteration: int) -> Experience:
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        progress = iteration / self.max_epochs
+        numbers = self.sampler.sample(self.problems, iteration, progress)
+        experience, self.figures = collect(
+            [self.read_problem(self.index, int(number)) for number in numbers],
+            module.engine,
+            module.reward,
+            self.sampling,
+            group=self.responses,
+            iteration=iteration,
+            progress=progress,
+            seed=self.seed,
+        )
+        success = experience.correct.reshape(-1, self.responses).mean(1).double().numpy()
+        self.sampler.update(numbers, success)
+        self.figures |= {
+            "sampler/ceiling": self.sampler.ceiling(progress),
+            "sampler/difficulty": float(self.index.difficulty[numbers].mean()),
+            "reward/length_weight": module.reward.length.weight_at(progress),
+        }
+        self.experience = experience
+        self._fill_reference(experience, module)
+        return experience
+
+    @torch.no_grad()
+    def _fill_reference(self, experience: Experience, module: Any) -> None:
+        """Log-probabilities of the responses under the policy as it stands, through the very packs of training."""
+        packs = self._deal(experience)
+        for number, members in enumerate(packs):
+            pack = self._batch(packs, number).pack.to(module.device)
+            experience.ref_logp[members] = module.sequence_log_probs(pack).cpu()
+
+    def _deal(self, experience: Experience) -> list[list[int]]:
+        assert self.trainer is not None
+        seed = [self.seed, experience.iteration]
+        packs_per_step = self.trainer.accumulate_grad_batches
+        return deal(experience.lengths, experience.problem, self.updates, packs_per_step, seed)
+
+    def _batch(self, packs: list[list[int]], number: int) -> TrajectoryBatch:
+        assert self.trainer is not None and self.experience is not None
+        experience, members = self.experience, packs[number]
+        step = number - number % self.trainer.accumulate_grad_batches
+        of_step = packs[step : step + self.trainer.accumulate_grad_batches]
+        prompts: dict[int, Problem] = {}
+        for member in members:
+            index_number = int(experience.problem[member])
+            if index_number not in prompts:
+                prompts[index_number] = self.read_problem(self.index, index_number)
+        samples = [
+            trajectory(prompts[int(experience.problem[member])].prompt, experience.response(member))
+            for member in members
+        ]
+        return TrajectoryBatch(
+            pack=pack_samples(samples),
+            advantage=experience.advantage[members],
+            ref_logp=experience.ref_logp[members],
+            step_responses=sum(len(pack) for pack in of_step),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration's experience and what the sampler has learned: a resume draws nothing again."""
+        experience = self.experience
+        kept = experience and {field.name: getattr(experience, field.name) for field in fields(Experience)}
+        return {"experience": kept, "figures": self.figures, "sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        kept = state_dict["experience"]
+        self.experience = kept and Experience(**kept)
+        self.figures = state_dict["figures"]
+        self.sampler.load_state_dict(state_dict["sampler"])

@@ -1,0 +1,50 @@
+"""Stage 3: online policy mirror descent (Kimi-VL, arXiv 2504.07491, section 2.4; Kimi k1.5, section 2.3).
+
+One iteration is one Lightning epoch: the datamodule collects experience with the policy as it stands, which is the
+reference of the iteration; the steps of the epoch are ordinary automatic optimisation on packs of trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kimivl.rl.experience import TrajectoryBatch
+from kimivl.stages.long_cot.module import LongCoTModule
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(log-probabilities, reference log-probabilities, advantages), (R,) each -> the sum of the losses."""
+
+
+class RLModule(LongCoTModule):
+    """Maximises the reward of sampled responses.
+
+    Args:
+        objective: see ``kimivl.rl.objectives``.
+        reset_optimizer: forget the optimiser's momenta at the start of each iteration, as the paper does.
+    """
+
+    def __init__(self, objective: Objective, reset_optimizer: bool = True, **stage: Any) -> None:
+        super().__init__(**stage)
+        self.objective = objective
+        self.reset_optimizer = reset_optimizer
+
+    def on_train_epoch_start(self) -> None:
+        # Not called on a resume in mid-iteration, where the momenta come from the checkpoint.
+        if self.reset_optimizer:
+            self.optimizers(use_pl_optimizer=False).state.clear()  # type: ignore[union-attr]
+
+    def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
+        logp = self.sequence_log_probs(batch.pack)
+        total = self.objective(logp, batch.ref_logp, batch.advantage)
+        drift = (logp.detach() - batch.ref_logp).square()
+        self.log("train/loss", total.detach() / batch.pack.num_samples, prog_bar=True, batch_size=1)
+        self.log("policy/log_ratio_squared", drift.mean(), batch_size=1)
+        self.log("policy/nll_per_token", -logp.detach().sum() / batch.pack.target_segments.numel(), batch_size=1)
+        return self.normalised(total, batch.step_responses)
+
+    def on_train_epoch_end(self) -> None:
+        for name, value in self.datamodule.figures.items():
+            self.log(name, value, prog_bar=name in ("rollout/accuracy", "rollout/length"), batch_size=1)

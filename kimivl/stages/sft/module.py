@@ -1,0 +1,17 @@
+"""Stage 1: supervised fine-tuning on packed chats, loss on the answers (Kimi-VL, arXiv 2504.07491, section 2.4)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kimivl.data.pack import PackedBatch
+from kimivl.stages.base import StageModule
+
+
+class SFTModule(StageModule):
+    """Cross-entropy of the supervised tokens, averaged exactly over the optimiser step."""
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        logp = self.model.target_log_probs(**batch.model_inputs())
+        self.log("train/loss", -logp.detach().mean(), prog_bar=True, batch_size=1)
+        return self.normalised(-logp.sum(), batch.step_targets)

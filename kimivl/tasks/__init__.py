@@ -1,0 +1,1 @@
+"""Embedded tasks: small verifiable problems that write shards for all three stages."""

@@ -1,0 +1,88 @@
+"""Who a run is, for W&B and on disk. The only room that knows wandb."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+log = logging.getLogger(__name__)
+RUN_FILE = "run.json"
+
+
+def run_id(output_dir: str | Path) -> str:
+    """The W&B id of the run in a folder: a job that is started again there continues its curve."""
+    return hashlib.sha256(str(Path(output_dir).resolve()).encode()).hexdigest()[:12]
+
+
+def has_key() -> bool:
+    """Whether W&B can be reached under an account: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with suppress(OSError, ValueError):
+        return wandb.Settings().base_url.split("//")[-1] in Path("~/.netrc").expanduser().read_text()
+    return False
+
+
+def wandb_logger(output_dir: str, project: str, group: str, job_type: str) -> WandbLogger:
+    """The W&B logger of a run; offline without a key, or where ``WANDB_MODE`` says so."""
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    logger = WandbLogger(
+        name=Path(output_dir).name,
+        save_dir=output_dir,
+        id=run_id(output_dir),
+        resume="allow",
+        project=project,
+        group=group,
+        job_type=job_type,
+        mode=mode,
+        settings=wandb.Settings(console="off", x_disable_stats=mode != "online"),
+    )
+    if mode == "offline":
+        log.info("W&B writes to %s/wandb; send it with: wandb sync %s/wandb/offline-run-*", output_dir, output_dir)
+    return logger
+
+
+def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
+    """Give the resolved config to every logger that keeps one."""
+    for logger in loggers:
+        logger.log_hyperparams(config)
+
+
+def log_transcripts(loggers: Sequence[Logger], name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """A table of examples, to the loggers that have tables."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and rows:
+            logger.log_table(name, columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+
+def close(loggers: Sequence[Logger], status: str) -> None:
+    """End every logger. A second job of the same process would otherwise write into the first one's run."""
+    for logger in loggers:
+        logger.finalize(status)
+        if isinstance(logger, WandbLogger):
+            wandb.finish(exit_code=0 if status == "success" else 1)
+
+
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """What an earlier run in this folder has left about itself; empty where there was none."""
+    path = output_dir / RUN_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_run(output_dir: Path, **facts: Any) -> None:
+    """Write ``run.json``: status, config, and at the end the metrics."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = output_dir / f".{RUN_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, output_dir / RUN_FILE)

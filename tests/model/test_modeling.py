@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kimivl.model.modeling import positions_of_mask, positions_of_pack
+
+
+@pytest.fixture
+def samples(make_sample):
+    """Text, one image, text, three images of different sizes, one image: as a pack mixes them."""
+    return [
+        make_sample(9),
+        make_sample(20, (2, 8)),
+        make_sample(1),
+        make_sample(40, (4, 4), (2, 2), (6, 4)),
+        make_sample(20, (2, 8)),
+    ]
+
+
+def pack(samples):
+    ids = torch.cat([ids for ids, _, _ in samples])
+    cu_seqlens = torch.tensor([0] + [len(ids) for ids, _, _ in samples]).cumsum(0).int()
+    grids = torch.tensor([grid for _, _, grids in samples for grid in grids]).view(-1, 2)
+    return ids, cu_seqlens, torch.cat([pixels for _, pixels, _ in samples]), grids
+
+
+def alone(model, sample):
+    ids, pixels, grids = sample
+    images = (pixels, torch.tensor(grids)) if grids else (None, None)
+    return model(ids[None], *images).logits[0]
+
+
+def shifted_targets(ids, cu_seqlens):
+    """Each position predicts the next token of its own sample."""
+    targets = ids.roll(-1)
+    targets[cu_seqlens[1:].long() - 1] = -100
+    return targets
+
+
+def left_padded(samples, pad=0):
+    longest = max(len(ids) for ids, _, _ in samples)
+    rows = torch.full((len(samples), longest), pad)
+    mask = torch.zeros(len(samples), longest, dtype=torch.long)
+    for row, (ids, _, _) in enumerate(samples):
+        rows[row, longest - len(ids) :] = ids
+        mask[row, longest - len(ids) :] = 1
+    _, _, pixels, grids = pack(samples)
+    return {"input_ids": rows, "attention_mask": mask, "pixel_values": pixels, "image_grid_hws": grids}
+
+
+@torch.no_grad()
+def test_packed_equals_unpacked(tiny, samples):
+    ids, cu_seqlens, pixels, grids = pack(samples)
+    packed = tiny(ids[None], pixels, grids, cu_seqlens=cu_seqlens).logits[0]
+    for sample, logits in zip(samples, packed.split(cu_seqlens.diff().tolist()), strict=True):
+        torch.testing.assert_close(logits, alone(tiny, sample), atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padded_equals_unpadded(tiny, samples):
+    batch = left_padded(samples)
+    padded = tiny(**batch).logits
+    for row, sample in zip(padded, samples, strict=True):
+        torch.testing.assert_close(row[-len(sample[0]) :], alone(tiny, sample), atol=2e-5, rtol=1e-4)
+
+
+def test_train_equals_eval(tiny, samples):
+    ids, cu_seqlens, pixels, grids = pack(samples)
+    evaluated = tiny(ids[None], pixels, grids, cu_seqlens=cu_seqlens).logits
+    try:
+        trained = tiny.train()(ids[None], pixels, grids, cu_seqlens=cu_seqlens).logits
+    finally:
+        tiny.eval()
+    assert torch.equal(trained, evaluated)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_target_log_probs(tiny, samples, temperature):
+    ids, cu_seqlens, pixels, grids = pack(samples)
+    targets = shifted_targets(ids, cu_seqlens)
+    targets[::3] = -100
+    ours = tiny.target_log_probs(ids, targets, cu_seqlens, pixels, grids, temperature)
+    logits = tiny(ids[None], pixels, grids, cu_seqlens=cu_seqlens).logits[0]
+    chosen = targets != -100
+    expected = (logits / temperature).log_softmax(-1)[chosen].gather(1, targets[chosen][:, None])[:, 0]
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_reaches_every_parameter(tiny, samples):
+    ids, cu_seqlens, pixels, grids = pack(samples)
+    tiny.zero_grad()
+    tiny.target_log_probs(ids, shifted_targets(ids, cu_seqlens), cu_seqlens, pixels, grids).mean().backward()
+    for name, parameter in tiny.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    assert not any(name.endswith("e_score_correction_bias") for name, _ in tiny.named_parameters())
+
+
+def test_pack_without_images_touches_the_vision_tower(tiny, make_sample):
+    ids, cu_seqlens, _, _ = pack([make_sample(12), make_sample(7)])
+    targets = shifted_targets(ids, cu_seqlens)
+    evaluated = tiny.target_log_probs(ids, targets, cu_seqlens)
+    tiny.zero_grad()
+    try:
+        trained = tiny.train().target_log_probs(ids, targets, cu_seqlens)
+    finally:
+        tiny.eval()
+    trained.mean().backward()
+    assert torch.equal(trained, evaluated)
+    for part in (tiny.vision_tower, tiny.multi_modal_projector):
+        for name, parameter in part.named_parameters():
+            assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_cached_greedy_equals_uncached_and_unpadded(tiny, samples):
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch = left_padded(samples)
+    cached = tiny.generate(**batch, **options)
+    assert torch.equal(cached, tiny.generate(**batch, use_cache=False, **options))
+    for row, (ids, pixels, grids) in zip(cached, samples, strict=True):
+        images = {"pixel_values": pixels, "image_grid_hws": torch.tensor(grids)} if grids else {}
+        single = tiny.generate(input_ids=ids[None], **images, **options)
+        assert torch.equal(row[-8:], single[0, -8:])
+
+
+def test_several_sequences_of_a_row_see_its_images(tiny, samples):
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch = left_padded(samples)
+    once = tiny.generate(**batch, **options)
+    repeated = {name: batch[name].repeat_interleave(2, 0) for name in ("input_ids", "attention_mask")}
+    images = tiny._repeat_images(batch["input_ids"], batch["pixel_values"], batch["image_grid_hws"], 2)
+    assert images["image_grid_hws"].tolist()[1:8] == [[2, 8], [4, 4], [2, 2], [6, 4], [4, 4], [2, 2], [6, 4]]
+    assert torch.equal(tiny.generate(**repeated, **images, **options), once.repeat_interleave(2, 0))
+    beams = tiny.generate(**batch, **options, num_beams=2, num_return_sequences=2)
+    assert len(beams) == 2 * len(samples)
+
+
+def test_placeholder_counts_are_named(tiny, make_sample):
+    ids, pixels, _ = make_sample(20, (2, 8))
+    with pytest.raises(ValueError, match=r"4 <\|media_pad\|> .* but 2 image tokens"):
+        tiny(ids[None], pixels[:8], torch.tensor([[2, 4]]))
+    with pytest.raises(ValueError, match=r"4 <\|media_pad\|> .* but 0 image tokens"):
+        tiny(ids[None])
+    ids[ids == tiny.config.media_placeholder_token_id] = 1
+    with pytest.raises(ValueError, match=r"0 <\|media_pad\|> .* but 4 image tokens"):
+        tiny(ids[None], pixels, torch.tensor([[2, 8]]))
+
+
+def test_samples_never_attend_across(tiny):
+    """What transformers does silently with packed positions beside a cache or a mask is an error here."""
+    ids = torch.arange(8)[None]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    for options in ({}, {"use_cache": True}, {"attention_mask": torch.ones(1, 8, dtype=torch.long)}):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            tiny(ids, position_ids=positions, **options)
+    with pytest.raises(ValueError, match="no cache"):
+        tiny(ids, cu_seqlens=torch.tensor([0, 4, 8]), use_cache=True)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 4], [1, 8], [0, 4, 4, 8], [0, 8, 4, 8]])
+def test_wrong_cu_seqlens_are_refused(tiny, cu_seqlens):
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 8 tokens"):
+        tiny(torch.arange(8)[None], cu_seqlens=torch.tensor(cu_seqlens))
+
+
+def test_positions():
+    assert positions_of_pack(torch.tensor([0, 3, 5], dtype=torch.int32)).tolist() == [[0, 1, 2, 0, 1]]
+    assert positions_of_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+
+
+def test_logits_to_keep(tiny):
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        full = tiny(ids).logits
+        for keep, positions in ((2, [6, 7]), (torch.tensor([1, 5]), [1, 5])):
+            torch.testing.assert_close(tiny(ids, logits_to_keep=keep).logits, full[:, positions])

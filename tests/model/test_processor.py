@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from kimivl.model import KimiVLImageProcessor, KimiVLProcessor
+from kimivl.model.processor import normalise
+from kimivl.model.tokenizer import train_tokenizer
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture(scope="module")
+def processor() -> KimiVLProcessor:
+    return KimiVLProcessor(KimiVLImageProcessor(), train_tokenizer(["one two three 123"] * 4, vocab_size=300))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "limit", "grid", "tokens"),
+    [
+        (896, 896, 4096, (64, 64), 1024),
+        (1920, 1080, 4096, (48, 86), 1032),
+        (1920, 1080, 16384, (78, 138), 2691),
+        (3840, 2160, 16384, (98, 172), 4214),
+        (112, 28, 4096, (2, 8), 4),
+        (1, 1, 4096, (2, 2), 1),
+        (29, 28, 4096, (2, 4), 2),
+    ],
+)
+def test_published_check_values(width, height, limit, grid, tokens):
+    images = KimiVLImageProcessor(in_token_limit=limit)
+    assert images.grid(width, height) == grid
+    assert images.tokens(grid) == tokens
+
+
+def test_grid_is_that_of_the_patches():
+    images = KimiVLImageProcessor(in_token_limit=64)
+    for size in ((300, 200), (14, 500), (29, 57), (113, 112)):
+        patches, grid = images.patches(picture(*size))
+        assert grid == images.grid(*size)
+        assert patches.shape == (grid[0] * grid[1], 3, 14, 14) and patches.dtype == torch.uint8
+
+
+def test_a_small_image_is_padded_not_scaled():
+    image = picture(30, 20)
+    patches, grid = KimiVLImageProcessor().patches(image)
+    assert grid == (2, 4)
+    canvas = np.zeros((28, 56, 3), dtype=np.uint8)
+    canvas[:20, :30] = np.asarray(image)
+    for index, patch in enumerate(patches):
+        row, column = divmod(index, 4)
+        expected = canvas[14 * row : 14 * row + 14, 14 * column : 14 * column + 14].transpose(2, 0, 1)
+        assert np.array_equal(patch.numpy(), expected)
+    assert normalise(patches)[-1].eq(-1).all()  # padding is -1 after normalisation
+
+
+def test_uint8_path_equals_float_path(tiny):
+    images = KimiVLImageProcessor()
+    patches, grid = images.patches(picture(112, 56))
+    batch = images(picture(112, 56), return_tensors="pt")
+    reference = (patches.float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(batch["pixel_values"], reference, atol=1e-6, rtol=0)
+    grids = torch.tensor([grid])
+    with torch.no_grad():
+        assert torch.equal(tiny.image_features(patches, grids), tiny.image_features(batch["pixel_values"], grids))
+
+
+def test_other_modes_are_converted():
+    for mode in ("L", "RGBA", "P", "1"):
+        patches, grid = KimiVLImageProcessor().patches(picture(40, 40, mode))
+        assert grid == (4, 4) and patches.shape == (16, 3, 14, 14)
+
+
+def test_512_patches_on_a_side_is_an_error():
+    images = KimiVLImageProcessor()
+    assert images.grid(510 * 14, 14) == (2, 510)
+    with pytest.raises(ValueError, match="under 512"):
+        images.grid(511 * 14, 14)
+
+
+def test_other_normalisation_is_refused():
+    with pytest.raises(ValueError, match="mean = std = 0.5"):
+        KimiVLImageProcessor(image_mean=[0.48, 0.45, 0.4])
+
+
+def test_placeholders_become_tokens(processor):
+    media = processor.image_token_id
+    pictures = [picture(56, 28), picture(28, 28), picture(60, 60)]
+    text = ["one <|media_pad|> two <|media_pad|>", "three", "<|media_pad|>"]
+    batch = processor(images=pictures, text=text, padding=True, return_tensors="pt")
+    assert batch["image_grid_hws"].tolist() == [[2, 4], [2, 2], [6, 6]]
+    assert (batch["input_ids"] == media).sum(1).tolist() == [3, 0, 9]
+    assert batch["pixel_values"].shape == (8 + 4 + 36, 3, 14, 14)
+    assert batch["attention_mask"].sum(1).tolist()[1] == len(processor.tokenizer("three")["input_ids"])
+
+
+def test_placeholders_and_images_must_agree(processor):
+    with pytest.raises(ValueError, match=r"1 images for 2 .* \(per text: \[2\]\)"):
+        processor(images=[picture(28, 28)], text="<|media_pad|> and <|media_pad|>")
+    with pytest.raises(ValueError, match="0 images for 1"):
+        processor(text="<|media_pad|>")
+
+
+def test_saved_is_loaded(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    for loaded in (AutoProcessor.from_pretrained(tmp_path), KimiVLProcessor.from_pretrained(tmp_path)):
+        assert isinstance(loaded, KimiVLProcessor)
+        assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+        assert loaded.chat_template == processor.chat_template
+        inputs = {"images": [picture(56, 28)], "text": "one <|media_pad|>", "return_tensors": "pt"}
+        for name, tensor in processor(**inputs).items():
+            assert torch.equal(loaded(**inputs)[name], tensor)
