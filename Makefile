@@ -33,23 +33,23 @@ test: $(INSTALLED)  ## the tests, a few minutes on two cores
 test-slow: $(INSTALLED)  ## the tests that take longer
 	$(PYTEST) -m slow
 
-demo: $(RUN)/rl/model/config.json  ## train the three stages on real images on a CPU, show the result
+demo: $(RUN)/rl/metrics.json  ## train the three stages on real images on a CPU, show the result
 	$(BIN)/kimivl report $(RUN)
 
 clean:  ## remove .venv and the caches; keep outputs/
 	rm -rf $(VENV) build dist kimivl.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The demo's stages. A stage that has written its model is not trained again (remove $(RUN)/STAGE for that),
+# The demo's stages. A stage that has finished is not trained again (remove $(RUN)/STAGE for that),
 # and one that was interrupted goes on from its last checkpoint.
 
-$(RUN)/sft/model/config.json: | $(INSTALLED)
+$(RUN)/sft/metrics.json: | $(INSTALLED)
 	$(BIN)/python train.py stage=sft seed=$(SEED) name=$(NAME)
 
-$(RUN)/long_cot/model/config.json: | $(RUN)/sft/model/config.json
+$(RUN)/long_cot/metrics.json: | $(RUN)/sft/metrics.json
 	$(BIN)/python train.py stage=long_cot seed=$(SEED) name=$(NAME)
 
-$(RUN)/rl/model/config.json: | $(RUN)/long_cot/model/config.json
+$(RUN)/rl/metrics.json: | $(RUN)/long_cot/metrics.json
 	$(BIN)/python train.py stage=rl seed=$(SEED) name=$(NAME)
 
 # Made again when the requirements change. The stamp is written last: an interrupted install starts over.

@@ -55,7 +55,9 @@ def check_init_from(stage: str, init_from: str | None, name: str) -> None:
     remedy = f"make it with: python train.py stage={previous}{named}" if previous else "give a folder with a model"
     if init_from is None:
         if previous:
-            raise ValueError(f"stage={stage} starts from the model of stage={previous}, but init_from is null; {remedy}")
+            raise ValueError(
+                f"stage={stage} starts from the model of stage={previous}, but init_from is null; {remedy}"
+            )
         return
     config = Path(init_from) / "config.json"
     if not config.is_file():
@@ -74,8 +76,8 @@ def export_model(model: KimiVLForConditionalGeneration, processor: Any, folder: 
     processor.save_pretrained(temporary)
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
+        folder.replace(old)
+    temporary.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

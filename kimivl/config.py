@@ -83,7 +83,8 @@ def validate(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     if cfg.data.get("phases") is not None and len(cfg.data.phases) == 0:
         raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
-    for key, problem in check_targets(cfg):
+    # A group that `module` refers to is found there too: the shortest name is the one that a user types.
+    for key, problem in sorted(check_targets(cfg), key=lambda mistake: mistake[0].count(".")):
         raise ValueError(f"{key}: {problem}")
 
 
@@ -92,8 +93,8 @@ def check_targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(node, DictConfig):
         if node.get("_target_") is not None:
             yield from _check_target(node, path)
-        for name in node:
-            yield from check_targets(node[name], f"{path}.{name}" if path else str(name))
+        for name in map(str, node):
+            yield from check_targets(node[name], f"{path}.{name}" if path else name)
     elif OmegaConf.is_list(node):
         for number, item in enumerate(node):
             yield from check_targets(item, f"{path}.{number}")
@@ -106,7 +107,7 @@ def _check_target(node: DictConfig, path: str) -> Iterator[tuple[str, str]]:
         yield f"{path}._target_", f"{node['_target_']} cannot be imported: {error}"
         return
     parameters, open_ended = _parameters(target)
-    for name in node:
+    for name in map(str, node):
         if name in _INSTANTIATE_KEYS:
             continue
         if name not in parameters:
@@ -172,4 +173,4 @@ def _accepts(hint: Any, value: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if not typing.get_origin(hint) else str(hint).replace("typing.", "")
+    return str(hint).replace("typing.", "") if typing.get_origin(hint) else str(getattr(hint, "__name__", hint))

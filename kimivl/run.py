@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from kimivl import tracking
-from kimivl.checkpoint import MODEL, check_init_from, export_model, resume_path
+from kimivl.checkpoint import LAST, MODEL, check_init_from, export_model, resume_path
 from kimivl.config import Interrupted, validate
 from kimivl.launch import check_launch
 
@@ -45,16 +45,19 @@ def run(cfg: DictConfig) -> float | None:
     resume = _resume(output_dir, cfg.ckpt_path, config)
     _quiet()
     seed_everything(cfg.seed, verbose=False)
-    tracking.write_run(output_dir, status="running", config=config)
-    loggers = list(instantiate(cfg.logger, _convert_="all").values()) if cfg.logger else []
+    tracking.write_run(output_dir, "running", config)
+    for file in (tracking.METRICS_FILE, *([] if resume else [tracking.HISTORY_FILE])):
+        (output_dir / file).unlink(missing_ok=True)  # an earlier run's
+    loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
     status = "failed"
     try:
         metrics = _fit_and_hand_over(cfg, output_dir, loggers, config, resume)
         status = "success"
-        tracking.write_run(output_dir, status="finished", config=config, metrics=metrics)
+        tracking.write_run(output_dir, "finished", config)
+        tracking.write_metrics(output_dir, metrics)
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
-        tracking.write_run(output_dir, status="interrupted" if stopped else "failed", config=config)
+        tracking.write_run(output_dir, "interrupted" if stopped else "failed", config)
         raise
     finally:
         tracking.close(loggers, status)
@@ -66,7 +69,7 @@ def _fit_and_hand_over(
 ) -> dict[str, float]:
     datamodule = instantiate(cfg.data, _convert_="all")
     module = instantiate(cfg.module, _convert_="all")
-    callbacks = list(instantiate(cfg.callbacks, _convert_="all").values()) if cfg.callbacks else []
+    callbacks = _instantiated(cfg.callbacks)
     trainer: Trainer = instantiate(
         {"max_epochs": datamodule.max_epochs} | OmegaConf.to_container(cfg.trainer),  # type: ignore[operator]
         callbacks=callbacks,
@@ -80,6 +83,7 @@ def _fit_and_hand_over(
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     seconds = time.perf_counter() - started
     metrics = _floats(trainer)
+    trainer.save_checkpoint(output_dir / LAST)
     if trainer.is_global_zero:
         export_model(module.model, datamodule.processor, output_dir / MODEL)
     if cfg.test:
@@ -89,6 +93,11 @@ def _fit_and_hand_over(
     if trainer.is_global_zero:
         print(f"\n{cfg.stage}: model in {output_dir / MODEL}, {seconds:.0f} s of training")
     return metrics
+
+
+def _instantiated(group: DictConfig | None) -> list[Any]:
+    """The objects of a group of named targets; an entry that is null is left out."""
+    return [instantiate(node, _convert_="all") for node in (group or {}).values() if node is not None]
 
 
 def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 log = logging.getLogger(__name__)
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+HISTORY_FILE = "history.jsonl"
 
 
 def run_id(output_dir: str | Path) -> str:
@@ -53,6 +55,32 @@ def wandb_logger(output_dir: str, project: str, group: str, job_type: str) -> Wa
     return logger
 
 
+class History(Logger):
+    """Every logged figure as a line of ``history.jsonl``, in every run.
+
+    It is only ever appended to, so an interrupted run keeps its past; where a step was run twice the later line holds.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        super().__init__()
+        self.path = output_dir / HISTORY_FILE
+
+    @property
+    def name(self) -> str:
+        return "history"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration stands in ``run.json``."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
     """Give the resolved config to every logger that keeps one."""
     for logger in loggers:
@@ -80,9 +108,18 @@ def read_run(output_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_run(output_dir: Path, **facts: Any) -> None:
-    """Write ``run.json``: status, config, and at the end the metrics."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir / f".{RUN_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, output_dir / RUN_FILE)
+def write_run(output_dir: Path, status: str, config: dict[str, Any]) -> None:
+    """Write ``run.json``: what the run is, and whether it is running, finished, interrupted or failed."""
+    _write(output_dir / RUN_FILE, {"status": status, "config": config})
+
+
+def write_metrics(output_dir: Path, metrics: dict[str, float]) -> None:
+    """Write ``metrics.json``, the last thing that a finished run does."""
+    _write(output_dir / METRICS_FILE, metrics)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)

@@ -68,11 +68,7 @@ def imported(path: Path, root: Path) -> Iterator[tuple[int, str]]:
 
 def _is_dynamic_import(call: ast.Call) -> bool:
     function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    return (
-        function in {"import_module", "__import__"}
-        and bool(call.args)
-        and isinstance(call.args[0], ast.Constant)
-    )
+    return function in {"import_module", "__import__"} and bool(call.args) and isinstance(call.args[0], ast.Constant)
 
 
 def complaint(module: str, target: str) -> str | None:

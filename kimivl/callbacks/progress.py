@@ -35,12 +35,14 @@ class Progress(ProgressBar):
         self._bar: RichProgress | None = None
         self._started = 0.0
         self._first_step = 0
+        self._every = 1
 
     def disable(self) -> None:
         self.console.quiet = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._first_step = time.perf_counter(), trainer.global_step
+        self._every = max(1, int(getattr(trainer, "log_every_n_steps", 1)))
         if self.console.is_terminal and trainer.is_global_zero:
             columns = ("[bold]{task.description}", BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
             left = ("left", TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"))
@@ -52,7 +54,7 @@ class Progress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, figures=self._figures(trainer, pl_module))
-        elif trainer.is_global_zero and trainer.global_step % trainer.log_every_n_steps == 0:
+        elif trainer.is_global_zero and trainer.global_step % self._every == 0:
             total = int(trainer.estimated_stepping_batches)
             elapsed = time.perf_counter() - self._started
             left = elapsed / (trainer.global_step - self._first_step) * (total - trainer.global_step)

@@ -72,9 +72,7 @@ class SampleEncoder:
         return self._encode(sample, messages, shard, generate=True)
 
     def _encode(self, sample: Sample, messages: list[dict], shard: str | None, generate: bool) -> EncodedSample:
-        pictures = [
-            self.image_processor.patches(decode_image(image, sample.key, shard)) for image in sample.images
-        ]
+        pictures = [self.image_processor.patches(decode_image(image, sample.key, shard)) for image in sample.images]
         image_tokens = iter([height * width // 4 for _, (height, width) in pictures])
         ids: list[int] = []
         labels: list[int] = []

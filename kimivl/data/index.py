@@ -163,7 +163,7 @@ def _save(path: Path, index: Index) -> None:
     columns = {field.name: getattr(index, field.name) for field in fields(Index) if field.name != "shards"}
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
     np.savez(temporary, **columns)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _load(path: Path, shards: list[Path]) -> Index:

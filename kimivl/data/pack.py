@@ -7,7 +7,8 @@ Legend: ``L`` tokens of one sample, ``T`` tokens of a pack, ``S`` samples (segme
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +79,10 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same pack on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
-        return PackedBatch(**moved)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.type == "Tensor"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """Arguments of ``KimiVLForConditionalGeneration.target_log_probs``."""
         return {
             "input_ids": self.input_ids,

@@ -62,9 +62,7 @@ def write_shards(samples: Iterable[Sample], prefix: Path, samples_per_shard: int
 
 def _check_key(key: str, seen: set[str]) -> None:
     if not key or "." in key or key.startswith("__") or key != key.strip("/"):
-        raise ValueError(
-            f"sample key {key!r} cannot name tar members: no dots, no outer slashes, no leading '__'"
-        )
+        raise ValueError(f"sample key {key!r} cannot name tar members: no dots, no outer slashes, no leading '__'")
     if key in seen:
         raise ValueError(f"sample key {key!r} is used twice; keys must be unique")
     seen.add(key)

@@ -1,119 +1,112 @@
-"""Exact attention inside segments of a packed row, in memory linear in the pack's length.
+"""Exact attention: inside the segments of a packed row, and of one new token over a cache of latents.
 
 A segment is a sample (decoder, causal) or an image (vision tower, bidirectional). The dense T x T mask is never
-built: segments are batched by length and each batch is one scaled-dot-product call.
+built: each run of neighbouring segments of equal length is one scaled-dot-product call.
 
-    lengths 3 5 4 3, causal      ->  one batch of 4 rows, right-padded to 5: a query sees only keys before it,
-                                     so padding on the right is never seen and needs no mask
-    lengths 6 8 6, bidirectional ->  batches (6, 6) and (8): padding would be seen, so lengths in a batch are equal
+    lengths 3 5 5 4  ->  runs (1, 3) (2, 5) (1, 4): three calls
 
-Legend: T packed tokens, N heads, D head width, S segments.
+Batching segments of similar length with padding was measured too: on a CPU the copies cost what the calls save
+(even at 64 segments of 40 tokens), and more from about 100 tokens on.
+
+The decoder's keys and values are low-rank (multi-head latent attention): all heads share one latent of R channels
+per token, and the cache holds latents. For many queries they are expanded to keys and values of every head; for
+the single query of a decoding step that would be a large product over the whole cache at every step, so the
+expansion is moved to the query and the output instead (DeepSeek-V2, arXiv 2405.04434, section 2.1.2):
+q . (W_k c) = (W_k^T q) . c, and sum_t p_t W_v c_t = W_v (sum_t p_t c_t).
+
+Legend: B rows, L cached tokens, T packed tokens, N heads, D head width, R latent width, P rotary width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3Model
 
 SEGMENT_ATTENTION = "kimivl_segments"
 
-# Segments share a batch while the longest is at most this much longer than the shortest: the work of padding
-# (quadratic) stays below the cost of one more call.
-_PADDING = 1.25
-_FREE_PADDING = 16
+Runs = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """How the segments of one pack are batched; made once per forward, used by every layer.
-
-    `gather` (sum of rows x length,) picks packed positions into the batches laid end to end, None when the pack is
-    already that; `scatter` (T,) picks the real positions back. `batches` holds (rows, length) of each batch.
-    """
-
-    batches: tuple[tuple[int, int], ...]
-    gather: Tensor | None
-    scatter: Tensor | None
+def runs_of(lengths: list[int]) -> Runs:
+    """(count, length) of each run of neighbouring segments of equal length."""
+    return tuple((len(list(same)), length) for length, same in groupby(lengths))
 
 
-def plan_segments(lengths: list[int], causal: bool, device: torch.device) -> Segments:
-    """Batch segments of similar length (causal) or equal length (bidirectional)."""
-    if len(set(lengths)) == 1:
-        return Segments(((len(lengths), lengths[0]),), None, None)
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    groups: list[list[int]] = []
-    for segment in order:
-        shortest = lengths[groups[-1][0]] if groups else 0
-        limit = max(shortest * _PADDING, shortest + _FREE_PADDING) if causal else shortest
-        if groups and lengths[segment] <= limit:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
-    size = torch.tensor(lengths)
-    start = size.cumsum(0) - size
-    gather, batches, scatter = [], [], torch.empty(sum(lengths), dtype=torch.long)
-    offset = 0
-    for group in groups:
-        longest = lengths[group[-1]]
-        members = torch.tensor(group)
-        within = torch.arange(longest)
-        real = within < size[members, None]
-        packed = start[members, None] + within
-        # A padded place repeats the segment's last position: any finite value will do, nothing reads it.
-        gather.append(packed.minimum((start + size - 1)[members, None]).flatten())
-        scatter[packed[real]] = offset + real.flatten().nonzero().squeeze(1)
-        batches.append((len(group), longest))
-        offset += len(group) * longest
-    return Segments(tuple(batches), torch.cat(gather).to(device), scatter.to(device))
-
-
-def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool
-) -> Tensor:
-    """Attention of (N, T, D) heads inside each segment; returns (N, T, Dv)."""
-    if segments.gather is not None:
-        q, k, v = (x.index_select(1, segments.gather) for x in (q, k, v))
-    sizes = [rows * length for rows, length in segments.batches]
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float, causal: bool) -> Tensor:
+    """Attention of (N, T, D) heads inside each segment; returns (N, T, D of v)."""
+    sizes = [count * length for count, length in runs]
     outputs = []
-    for (rows, _), qb, kb, vb in zip(
-        segments.batches, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True
-    ):
-        # Heads take the batch dimension and segments the head dimension: no transpose is needed.
-        out = F.scaled_dot_product_attention(
-            qb.unflatten(1, (rows, -1)),
-            kb.unflatten(1, (rows, -1)),
-            vb.unflatten(1, (rows, -1)),
-            scale=scale,
-            is_causal=causal,
-        )
+    for (count, length), *qkv in zip(runs, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True):
+        # Heads stand in the place of the batch, segments in that of the heads: no transpose is needed.
+        qs, ks, vs = (x.unflatten(1, (count, length)) for x in qkv)
+        out = F.scaled_dot_product_attention(qs, ks, vs, scale=scale, is_causal=causal)
         outputs.append(out.flatten(1, 2))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    return joined if segments.scatter is None else joined.index_select(1, segments.scatter)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 def attention_forward(
-    module: nn.Module,
+    module: DeepseekV3Attention,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    latent: Tensor,
+    key_rot: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    segments: Segments | None = None,
+    scaling: float,
+    runs: Runs | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The decoder's attention, called by transformers: per segment on a pack, plain SDPA otherwise."""
-    if segments is None:
+    """The decoder's attention, called by transformers: (B, N, T, D) queries -> (B, T, N, D of v).
+
+    `latent` (B, 1, L, R) and `key_rot` (B, 1, L, P) come from `keep_latents`. With `runs` the row is a pack.
+    """
+    if runs is None and query.shape[2] == 1:
+        return _decode(module, query, latent, key_rot, attention_mask, scaling), None
+    key, value = DeepseekV3Attention.expand_kv(module, latent, key_rot)
+    if runs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = segment_attention(query[0], key[0], value[0], segments, scale, causal=True)
+    out = segment_attention(query[0], key[0], value[0], runs, scaling, causal=True)
     return out.transpose(0, 1).unsqueeze(0), None
+
+
+def _decode(
+    module: DeepseekV3Attention,
+    query: Tensor,
+    latent: Tensor,
+    key_rot: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """One query per row and head, over the latents: (B, N, 1, D) -> (B, 1, N, D of v)."""
+    nope, rank = module.qk_nope_head_dim, latent.shape[-1]
+    weight_k, weight_v = module.kv_b_proj.weight.view(query.shape[1], -1, rank).split([nope, module.v_head_dim], dim=1)
+    query_nope, query_rot = query.squeeze(2).split([nope, query.shape[-1] - nope], dim=-1)
+    absorbed = torch.bmm(query_nope.transpose(0, 1), weight_k).transpose(0, 1)  # (B, N, R)
+    latent, key_rot = latent.squeeze(1), key_rot.squeeze(1)
+    # Written out: a fused kernel would want latents and rotary keys in one tensor, a copy of the cache.
+    scores = torch.bmm(absorbed, latent.transpose(1, 2)) + torch.bmm(query_rot, key_rot.transpose(1, 2))
+    scores = scores.float() * scaling  # (B, N, L)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask[:, 0], float("-inf"))
+    mixed = torch.bmm(scores.softmax(-1).to(latent.dtype), latent).transpose(0, 1)  # (N, B, R)
+    return torch.bmm(mixed, weight_v.transpose(1, 2)).transpose(0, 1).unsqueeze(1)
+
+
+def keep_latents(latent: Tensor, key_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of `DeepseekV3Attention.expand_kv`: leave the choice to `attention_forward`."""
+    return latent, key_rot
+
+
+def install(decoder: DeepseekV3Model) -> None:
+    """Hand latents instead of keys and values to the attention function of each layer of a DeepseekV3Model."""
+    for layer in decoder.layers:
+        layer.self_attn.expand_kv = keep_latents
 
 
 def register() -> None:

@@ -71,8 +71,8 @@ class KimiVLConfig(PreTrainedConfig):
     model_type = "kimi_vl"
     sub_configs = {"text_config": DeepseekV3Config, "vision_config": MoonViTConfig}
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: Any = None  # given as a dictionary or not at all, a DeepseekV3Config afterwards
+    vision_config: Any = None  # the same, a MoonViTConfig
     vocab_size: int | None = None
     media_placeholder_token_id: int | None = 163605
     ignore_index: int = -100
@@ -89,7 +89,7 @@ class KimiVLConfig(PreTrainedConfig):
             self.text_config.vocab_size = self.vocab_size
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
             raise ValueError("tie_word_embeddings: Kimi-VL has its own lm_head; set it to false")
-        if self.architectures is None:
+        if not getattr(self, "architectures", None):
             self.architectures = ["KimiVLForConditionalGeneration"]
         super().__post_init__(**kwargs)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 SORTED_EXPERTS = "kimivl_sorted"
 
 
-def sorted_experts_forward(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+def sorted_experts_forward(module: DeepseekV3Experts, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """(T, D) tokens through the (T, K) chosen experts of `module`, summed with the (T, K) weights."""
     if hidden.device.type != "cpu":
         return grouped_mm_experts_forward(module, hidden, index, weight)

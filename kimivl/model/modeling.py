@@ -14,20 +14,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DeepseekV3ForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import Cache, DeepseekV3ForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from kimivl.model.attention import SEGMENT_ATTENTION, plan_segments
+from kimivl.model.attention import SEGMENT_ATTENTION, install, runs_of
+from kimivl.model.cache import decoding_cache
 from kimivl.model.configuration import KimiVLConfig
 from kimivl.model.experts import SORTED_EXPERTS
 from kimivl.model.official import OfficialFormat
 from kimivl.model.projector import MultiModalProjector
-from kimivl.model.vision import MoonViT
+from kimivl.model.vision import MoonViT, normalise
+
 
 class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, GenerationMixin):
     """The model of all three stages; on disk it has the official tensor names."""
 
     config_class = KimiVLConfig
+    config: KimiVLConfig
+    vision_tower: MoonViT
+    multi_modal_projector: MultiModalProjector
+    language_model: DeepseekV3ForCausalLM
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules = ["DeepseekV3DecoderLayer", "Block"]
@@ -47,6 +53,8 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         self.vision_tower = MoonViT(config.vision_config)
         self.multi_modal_projector = MultiModalProjector(config)
         self.language_model = DeepseekV3ForCausalLM(config.text_config)
+        self.media_id = config.media_placeholder_token_id
+        install(self.language_model.model)
         self.post_init()
         self._keep_router_bias_in_float32()
 
@@ -65,7 +73,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         """(P, 3, 14, 14) pixels, uint8 or normalised, of all images -> (M, D) embeddings."""
         dtype = self.multi_modal_projector.linear_1.weight.dtype
         if pixel_values.dtype == torch.uint8:
-            pixel_values = pixel_values.to(torch.float32) / 127.5 - 1.0
+            pixel_values = normalise(pixel_values)
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype), image_grid_hws))
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_hws: Tensor | None) -> Tensor:
@@ -77,7 +85,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         if image_grid_hws is None:
             raise ValueError("pixel_values without image_grid_hws: give the (h, w) of each image")
         features = self.image_features(pixel_values, image_grid_hws)
-        places = (input_ids == self.config.media_placeholder_token_id).flatten().nonzero().squeeze(1)
+        places = self.placeholders(input_ids).flatten().nonzero().squeeze(1)
         if len(places) != len(features):
             raise ValueError(
                 f"{len(places)} <|media_pad|> tokens in input_ids, but {len(features)} image tokens "
@@ -85,8 +93,12 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
             )
         return embeds.flatten(0, 1).index_copy(0, places, features.to(embeds.dtype)).view_as(embeds)
 
+    def placeholders(self, input_ids: Tensor) -> Tensor:
+        """Mask of the tokens whose embeddings are replaced by image features."""
+        return torch.eq(input_ids, self.media_id)
+
     def _no_placeholders(self, input_ids: Tensor) -> None:
-        count = int((input_ids == self.config.media_placeholder_token_id).sum())
+        count = int(self.placeholders(input_ids).sum())
         if count:
             raise ValueError(f"{count} <|media_pad|> tokens in input_ids, but 0 image tokens: pass pixel_values")
 
@@ -131,12 +143,8 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
                 if decoding and pixel_values is None
                 else self.embed(input_ids, pixel_values, image_grid_hws)
             )
-        context = self._context(
-            inputs_embeds, cu_seqlens, position_ids, attention_mask, past_key_values, use_cache
-        )
-        return self.language_model(
-            inputs_embeds=inputs_embeds, logits_to_keep=logits_to_keep, **context, **kwargs
-        )
+        context = self._context(inputs_embeds, cu_seqlens, position_ids, attention_mask, past_key_values, use_cache)
+        return self.language_model(inputs_embeds=inputs_embeds, logits_to_keep=logits_to_keep, **context, **kwargs)
 
     def _context(
         self,
@@ -166,7 +174,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
             "position_ids": positions_of_pack(cu_seqlens) if position_ids is None else position_ids,
             # transformers hands a 4-D mask through as it is, and builds no T x T mask of its own
             "attention_mask": cu_seqlens.view(1, 1, 1, -1),
-            "segments": plan_segments(lengths, causal=True, device=embeds.device),
+            "runs": runs_of(lengths),
             "use_cache": False,
         }
 
@@ -195,7 +203,17 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
 
     # ---- generation -------------------------------------------------------------------------------------------
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The growing cache, in the place of the dynamic one that `generate` would make."""
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
+            model_kwargs["past_key_values"] = decoding_cache()
+        return result
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:
         """Repeat each row `expand_size` times, and its images with it (not patch by patch, as transformers would)."""
         pixels, grids = kwargs.pop("pixel_values", None), kwargs.pop("image_grid_hws", None)
         if pixels is not None:
@@ -206,7 +224,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
     def _repeat_images(self, ids: Tensor, pixels: Tensor, grids: Tensor, times: int) -> dict[str, Tensor]:
         patches = grids.prod(1)
         merged = patches.cumsum(0) // math.prod(self.config.vision_config.merge_kernel_size)
-        placeholders = (ids == self.config.media_placeholder_token_id).sum(1).cumsum(0)
+        placeholders = self.placeholders(ids).sum(1).cumsum(0)
         row_of_image = torch.searchsorted(placeholders, merged).tolist()
         images: list[int] = []
         for row in range(len(ids)):

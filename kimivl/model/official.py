@@ -46,7 +46,7 @@ class OfficialFormat:
     config_class: type[PreTrainedConfig]
     config: PreTrainedConfig
     generation_config: GenerationConfig
-    language_model: nn.Module
+    language_model: Any
     _stored: dict[str, Tensor | torch.dtype] | None = None
 
     @classmethod
@@ -72,23 +72,20 @@ class OfficialFormat:
             raise ValueError(f"{folder} holds no config.json: give the local folder of a checkpoint")
         config = cls.config_class.from_pretrained(folder) if config is None else copy.deepcopy(config)
         precision = _precision(dtype, config)
-        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-            part.dtype = precision
+        _set_dtype(config, precision)
         with no_init_weights(), local_torch_dtype(precision, cls.__name__), torch.device(device):
             model = cls(config)  # type: ignore[call-arg]
-        model._stored = load_official(model, folder)  # type: ignore[arg-type]
+        model._stored = load_official(model, folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()  # type: ignore[attr-defined]
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], max_shard_size: int | str = "5GB"
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json, generation_config.json and the weights under their official names."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_official(self.official_tensors(), folder, max_shard_size)
-        self.config.dtype = self.dtype  # type: ignore[attr-defined]
+        _set_dtype(self.config, self.dtype)  # type: ignore[attr-defined]
         self.config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
 
@@ -107,6 +104,11 @@ def _precision(dtype: torch.dtype | str | None, config: PreTrainedConfig) -> tor
     if dtype in (None, "auto"):
         return config.dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
 
 
 def official_views(model: nn.Module) -> dict[str, Tensor]:
@@ -153,7 +155,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_official(model: nn.Module, folder: Path) -> dict[str, Tensor | torch.dtype]:
+def load_official(model: Any, folder: Path) -> dict[str, Tensor | torch.dtype]:
     """Copy a checkpoint into `model`.
 
     Returns what must be remembered to write the same files again: the inv_freq tensors, and the stored dtype of

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from kimivl.model.vision import MAX_SIDE, normalise
+
 IMAGE_TOKEN = "<|media_pad|>"
-MAX_SIDE = 512  # patches
 
 
 class KimiVLImageProcessor(BaseImageProcessor):
@@ -71,9 +72,7 @@ class KimiVLImageProcessor(BaseImageProcessor):
         cut = torch.from_numpy(padded).view(h, size, w, size, 3).permute(0, 2, 4, 1, 3)
         return cut.reshape(h * w, 3, size, size), (h, w)
 
-    def preprocess(
-        self, images: Any, return_tensors: str | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """`pixel_values` (P, 3, 14, 14) float32 normalised, and `image_grid_hws` (n_images, 2), of all images."""
         cut = [self.patches(_as_pil(image)) for image in _flatten(images)]
         data = {
@@ -117,7 +116,7 @@ class KimiVLProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Any = None,
         text: str | list[str] | None = None,
@@ -154,11 +153,6 @@ class KimiVLProcessor(ProcessorMixin):
             ]
             for row in rows
         ]
-
-
-def normalise(patches: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
-    return patches.to(torch.float32) / 127.5 - 1.0
 
 
 def _flatten(images: Any) -> list[Any]:

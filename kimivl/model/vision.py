@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kimivl.model.attention import Segments, plan_segments, segment_attention
+from kimivl.model.attention import Runs, runs_of, segment_attention
 from kimivl.model.configuration import MoonViTConfig
 
 MAX_SIDE = 512  # patches; the 2-D RoPE of the reference has a table of this size
@@ -49,9 +50,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: MoonViTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
-        self.pos_emb = PositionTable(
-            config.init_pos_emb_height, config.init_pos_emb_width, config.hidden_size
-        )
+        self.pos_emb = PositionTable(config.init_pos_emb_height, config.init_pos_emb_width, config.hidden_size)
 
     def forward(self, pixels: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         tokens = F.linear(pixels.flatten(1), self.proj.weight.flatten(1), self.proj.bias)
@@ -68,7 +67,7 @@ class MLP(nn.Module):
         return self.fc1(F.gelu(self.fc0(x), approximate="tanh"))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Pre-norm transformer block; attention is bidirectional inside each image."""
 
     def __init__(self, config: MoonViTConfig) -> None:
@@ -81,15 +80,15 @@ class Block(nn.Module):
         self.wo = nn.Linear(dim, dim)
         self.mlp = MLP(dim, config.intermediate_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        x = x + self._attend(self.norm0(x), rope, segments)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], runs: Runs) -> Tensor:
+        x = x + self._attend(self.norm0(x), rope, runs)
         return x + self.mlp(self.norm1(x))
 
-    def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor], runs: Runs) -> Tensor:
         qkv = self.wqkv(x).view(x.shape[0], 3, self.num_heads, -1)
         q, k = rotate(qkv[:, :2], *rope).permute(1, 2, 0, 3).unbind(0)
         v = qkv[:, 2].transpose(0, 1)
-        out = segment_attention(q, k, v, segments, scale=q.shape[-1] ** -0.5, causal=False)
+        out = segment_attention(q, k, v, runs, scale=q.shape[-1] ** -0.5, causal=False)
         return self.wo(out.transpose(0, 1).flatten(1))
 
 
@@ -99,9 +98,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], runs: Runs) -> Tensor:
         for block in self.blocks:
-            x = block(x, rope, segments)
+            x = block(x, rope, runs)
         return self.final_layernorm(x)
 
 
@@ -112,7 +111,7 @@ class MoonViT(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["Block"]
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -130,7 +129,7 @@ class MoonViT(PreTrainedModel):
         lengths = [height * width for height, width in grids]
         x = self.patch_embed(pixel_values, grids)
         rope = rope_2d(grids, self.head_dim, pixel_values.device)
-        x = self.encoder(x, rope, plan_segments(lengths, causal=False, device=x.device))
+        x = self.encoder(x, rope, runs_of(lengths))
         return self._merge(x, grids)
 
     def _grids(self, image_grid_hws: Tensor, patches: int) -> list[tuple[int, int]]:
@@ -169,6 +168,11 @@ class MoonViT(PreTrainedModel):
         elif isinstance(module, nn.Linear | nn.Conv2d):
             fan_in = module.weight[0].numel()
             nn.init.trunc_normal_(module.weight, std=math.sqrt(2 / fan_in))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    return pixels.to(torch.float32) / 127.5 - 1.0
 
 
 def rope_2d(grids: list[tuple[int, int]], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

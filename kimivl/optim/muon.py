@@ -96,9 +96,7 @@ class MuonAdamW(Optimizer):
         splits: Mapping[str, int] | None = None,
         ns_dtype: str | None = None,
     ) -> None:
-        _check_at_least_zero(
-            lr=lr, weight_decay=weight_decay, adamw_eps=adamw_eps, adamw_lr_ratio=adamw_lr_ratio
-        )
+        _check_at_least_zero(lr=lr, weight_decay=weight_decay, adamw_eps=adamw_eps, adamw_lr_ratio=adamw_lr_ratio)
         _check_below_one(momentum=momentum, beta1=adamw_betas[0], beta2=adamw_betas[1])
         named = dict(named_parameters)
         splits = SPLITS if splits is None else splits
@@ -223,9 +221,7 @@ def matrices_of(name: str, parameter: Tensor, splits: Mapping[str, int]) -> Matr
     split = next((count for part, count in splits.items() if part in parts), 1)
     if parameter.ndim == 3:
         if "experts" not in parts:
-            raise ValueError(
-                f"{name} {tuple(parameter.shape)}: only stacked experts may have three dimensions"
-            )
+            raise ValueError(f"{name} {tuple(parameter.shape)}: only stacked experts may have three dimensions")
         stacked, rows, cols = parameter.shape
     else:
         stacked, rows, cols = 1, parameter.shape[0], parameter[0].numel()
@@ -297,9 +293,7 @@ def _float_dtype(name: str | None) -> torch.dtype | None:
         return None
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"optimizer.ns_dtype={name}: name a floating-point dtype such as bfloat16 or float32"
-        )
+        raise ValueError(f"optimizer.ns_dtype={name}: name a floating-point dtype such as bfloat16 or float32")
     return dtype
 
 

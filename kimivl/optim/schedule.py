@@ -96,7 +96,5 @@ def _phase(index: int, phase: Mapping[str, Any], warmup: float) -> Phase:
     if isinstance(lr, str) or not isinstance(lr, Sequence) or len(lr) != 2:
         raise ValueError(f"phases[{index}].lr={lr!r}: give [start, end]")
     if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in lr):
-        raise ValueError(
-            f"phases[{index}].lr={lr!r}: give two numbers of at least 0 (2e-5 as 2.0e-5 in YAML)"
-        )
+        raise ValueError(f"phases[{index}].lr={lr!r}: give two numbers of at least 0 (2e-5 as 2.0e-5 in YAML)")
     return Phase(steps, float(lr[0]), float(lr[1]), max(1, round(warmup * steps)))

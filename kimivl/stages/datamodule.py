@@ -56,9 +56,9 @@ class StageDataModule(LightningDataModule):
     def __init__(
         self,
         processor: str,
-        shards: str | Sequence[str],
-        val_shards: str | Sequence[str] | None,
-        test_shards: str | Sequence[str] | None,
+        shards: str | list[str],
+        val_shards: str | list[str] | None,
+        test_shards: str | list[str] | None,
         phases: Sequence[dict[str, Any]],
         prepare: Callable[[], Any] | None = None,
         max_dropped: float = 0.01,
@@ -93,12 +93,10 @@ class StageDataModule(LightningDataModule):
         self.index = self.make_index(self.shards, self.trains_on_problems, self.sample_check)
 
     def make_index(
-        self, shards: str | Sequence[str], problems: bool, check: Callable[[Sample], None] | None = None
+        self, shards: str | list[str], problems: bool, check: Callable[[Sample], None] | None = None
     ) -> Index:
         """Index a shard set, and say what was dropped."""
-        index = build_index(
-            expand(shards), self.encoder, prompts=problems, check=check, max_dropped=self.max_dropped
-        )
+        index = build_index(expand(shards), self.encoder, prompts=problems, check=check, max_dropped=self.max_dropped)
         for reason, count in index.dropped.items():
             log.warning("%d samples of %s dropped: %s", count, shards, reason)
         return index

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kimivl.model import KimiVLForConditionalGeneration
 from kimivl.model.modeling import positions_of_mask, positions_of_pack
 
 
@@ -95,6 +96,34 @@ def test_gradient_reaches_every_parameter(tiny, samples):
     for name, parameter in tiny.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
     assert not any(name.endswith("e_score_correction_bias") for name, _ in tiny.named_parameters())
+
+
+def test_recomputed_activations_give_the_same_gradient(tiny_config, samples):
+    torch.manual_seed(0)
+    model = KimiVLForConditionalGeneration(tiny_config).train()
+    ids, cu_seqlens, pixels, grids = pack(samples)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model.target_log_probs(ids, shifted_targets(ids, cu_seqlens), cu_seqlens, pixels, grids).mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(layer.gradient_checkpointing for layer in model.vision_tower.encoder.blocks)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_initial_weights(tiny_config):
+    """Vision linears: std sqrt(2 / fan-in), positions normal(0, 1); the decoder: std initializer_range."""
+    torch.manual_seed(0)
+    model = KimiVLForConditionalGeneration(tiny_config)
+    std = {name: parameter.std().item() for name, parameter in model.named_parameters()}
+    assert std["vision_tower.patch_embed.proj.weight"] == pytest.approx((2 / 588) ** 0.5, rel=0.05)
+    assert std["vision_tower.encoder.blocks.0.mlp.fc1.weight"] == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+    assert std["vision_tower.patch_embed.pos_emb.weight"] == pytest.approx(1, rel=0.05)
+    assert std["language_model.model.layers.1.mlp.experts.gate_up_proj"] == pytest.approx(0.02, rel=0.05)
+    assert std["language_model.lm_head.weight"] == pytest.approx(0.02, rel=0.05)
 
 
 def test_pack_without_images_touches_the_vision_tower(tiny, make_sample):

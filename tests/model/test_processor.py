@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from kimivl.model import KimiVLImageProcessor, KimiVLProcessor
-from kimivl.model.processor import normalise
 from kimivl.model.tokenizer import train_tokenizer
+from kimivl.model.vision import normalise
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kimivl.optim import reset_state
 from kimivl.rl.experience import TrajectoryBatch
 from kimivl.stages.long_cot.module import LongCoTModule
 
@@ -34,7 +35,7 @@ class RLModule(LongCoTModule):
     def on_train_epoch_start(self) -> None:
         # Not called on a resume in mid-iteration, where the momenta come from the checkpoint.
         if self.reset_optimizer:
-            self.optimizers(use_pl_optimizer=False).state.clear()  # type: ignore[union-attr]
+            reset_state(self.trainer.optimizers[0])
 
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
         logp = self.sequence_log_probs(batch.pack)

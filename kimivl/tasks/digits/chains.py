@@ -16,10 +16,8 @@ OPEN, CLOSE = "◁think▷", "◁/think▷"
 MISREAD = 0.10  # share of chains with a digit misread at first
 SLIP = 0.10  # share of chains with a wrong step at first
 CAUGHT_BY_CHECK = 0.4  # share of the slips in sums that only the check brings to light
-CHECK, OTHER_WAY = (
-    0.40,
-    0.25,
-)  # shares of chains that check from the other end, and that try another way instead
+CHECK = 0.40  # share of chains that check the work from the other end
+OTHER_WAY = 0.25  # share of chains that try another way instead
 RESTATE = 0.30
 VERBOSE_PLAN = 0.40
 # Digits that are taken for one another in handwriting.

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
-from sklearn.datasets import load_digits
 
 CELL = 28  # pixels: 2x2 patches of 14x14, merged into one image token
-MARGIN = (
-    2  # black pixels put around a scan of 8x8, so that strokes at its edge are not cut when it is smoothed
-)
+MARGIN = 2  # black pixels put around a scan of 8x8, so that strokes at its edge are not cut when it is smoothed
 ZOOM = 3.0  # pixels of the cell per pixel of the scan, which leaves a margin of 2 pixels
 SPLIT_SIZES = {"train": 1200, "val": 200, "test": 397}
 VARIANTS = 6
@@ -54,6 +50,8 @@ def split_scans(labels: NDArray[np.int64], seed: int) -> dict[str, NDArray[np.in
 
 def draw_splits(seed: int) -> dict[str, Cells]:
     """All cells of train (six per scan), val and test (one per scan)."""
+    from sklearn.datasets import load_digits  # a second to import; a finished folder never needs it
+
     data = load_digits()
     images, labels = data.images / BRIGHTEST, data.target
     cells = {}
@@ -67,6 +65,8 @@ def draw_splits(seed: int) -> dict[str, Cells]:
 
 def draw(image: NDArray[np.float64], seed: int, scan: int, variant: int) -> NDArray[np.uint8]:
     """One scan (8, 8) in [0, 1] as a cell (28, 28); variant 0 is the scan itself, others move at random."""
+    from scipy import ndimage  # as above
+
     angle, scale, shift = 0.0, 1.0, np.zeros(2)
     if variant:
         rng = np.random.default_rng([seed, 1, scan, variant])

@@ -1,11 +1,12 @@
 """Write the digits task: shards of three stages, held-out problems and a tokenizer trained on its text."""
 
+import fcntl
 import hashlib
+import itertools
 import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from itertools import accumulate, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ from kimivl.tasks.digits.questions import THRESHOLDS, Problem, ask, draw_operand
 from kimivl.tasks.digits.scans import Cells, compose, draw_splits, png
 
 MANIFEST = "digits.json"
+LOCK = ".digits.lock"
 MAX_DIGITS = 8
 # Stage 1: reading must be a large part, or later chains misread the picture.
 DIRECT_MIXTURE = {
@@ -57,23 +59,32 @@ def write(
     """Write `sft-*.tar`, `long_cot-*.tar`, `rl-*.tar`, `val-*.tar`, `test-*.tar` and `tokenizer/` into `out`.
 
     Numbers are samples per set. The bytes follow from the settings. A folder that was finished with the same
-    settings is left as it is; any other content of these names is rebuilt whole. Returns `out`.
+    settings is left as it is; any other content of these names is rebuilt whole. Of several processes that
+    write one folder at once, one works and the others wait for it. Returns `out`.
     """
     out = Path(out)
     sizes = {"sft": sft, "long_cot": long_cot, "rl": rl, "val": val, "test": test}
     settings = {"code": _code_digest(), "seed": seed, "sizes": sizes, "vocab_size": vocab_size}
     if _finished(out, settings):
         return out
-    _clear(out)
-    cells = draw_splits(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _finished(out, settings):
+            _clear(out)
+            _build(out, settings)
+    return out
+
+
+def _build(out: Path, settings: dict[str, Any]) -> None:
+    cells = draw_splits(settings["seed"])
     texts: list[str] = []
     written: list[Path] = []
-    for name, size in sizes.items():
-        samples = generate(name, size, cells[SPLITS[name]], seed)
+    for name, size in settings["sizes"].items():
+        samples = generate(name, size, cells[SPLITS[name]], settings["seed"])
         written += shards.write_shards(_overhear(samples, texts), out / name)
-    tokenizer.train_tokenizer(texts, vocab_size).save_pretrained(out / "tokenizer")
+    tokenizer.train_tokenizer(texts, settings["vocab_size"]).save_pretrained(out / "tokenizer")
     _write_manifest(out, settings, written)
-    return out
 
 
 def generate(name: str, size: int, cells: Cells, seed: int) -> Iterator[Sample]:
@@ -88,14 +99,12 @@ def generate(name: str, size: int, cells: Cells, seed: int) -> Iterator[Sample]:
         rng = Random(f"{seed}/{name}/{index}")
         count = index % MAX_DIGITS + 1
         kind = _kind(mixture, index, count)
-        for attempt in range(1000):
+        for attempt in itertools.count():
             # The few small text-only problems are used up first; after some vain tries one digit is added.
             problem, places = _draw(kind, min(count + attempt // 20, MAX_DIGITS), cells, SPLITS[name], rng)
             question = ask(problem, rng)
             if (question, places) not in taken:
                 break
-        else:
-            raise ValueError(f"cannot find {size} different problems for {name!r}; ask for fewer")
         taken.add((question, places))
         yield _sample(name, index, problem, question, cells, places, rng)
 
@@ -104,10 +113,8 @@ def _kind(mixture: Mapping[str, float], index: int, count: int) -> str:
     """The kind of sample `index`; shares come out evenly for every number of digits (golden-ratio steps)."""
     block, digit = divmod(index, MAX_DIGITS)
     position = (block * 0.6180339887498949 + digit / MAX_DIGITS) % 1.0
-    bounds = accumulate(mixture.values())
-    kind = next(
-        name for name, bound in zip(mixture, bounds, strict=True) if position < bound or bound > 0.999
-    )
+    bounds = itertools.accumulate(mixture.values())
+    kind = next(name for name, bound in zip(mixture, bounds, strict=True) if position < bound or bound > 0.999)
     # One-digit text sums are worth a few samples of stage 1 only.
     return "sum" if kind == "text_sum" and count == 1 and mixture is REASONING_MIXTURE else kind
 
@@ -142,18 +149,14 @@ def _sample(
         reply = problem.reply if name == "sft" else chain(problem, rng)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
     key = f"{name}-{index:06d}"
-    return Sample(
-        key, messages, images, problem.answer, problem.difficulty, source="digits", task=problem.kind
-    )
+    return Sample(key, messages, images, problem.answer, problem.difficulty, source="digits", task=problem.kind)
 
 
 def _overhear(samples: Iterator[Sample], texts: list[str]) -> Iterator[Sample]:
     """Pass samples on; the chats of the first of them, when they have an answer, are kept in `texts`."""
-    for sample in islice(samples, TOKENIZER_TEXTS):
+    for sample in itertools.islice(samples, TOKENIZER_TEXTS):
         if sample.messages[-1]["role"] == "assistant":
-            said = [
-                part["text"] for turn in sample.messages for part in turn["content"] if part["type"] == "text"
-            ]
+            said = [part["text"] for turn in sample.messages for part in turn["content"] if part["type"] == "text"]
             texts += [*said, *CHAT_WORDS]
         yield sample
     yield from samples
@@ -174,9 +177,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> bool:
     if not isinstance(manifest, dict) or manifest.get("settings") != settings:
         return False
     files = manifest.get("files", {})
-    return bool(files) and all(
-        (out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items()
-    )
+    return bool(files) and all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
 
 
 def _clear(out: Path) -> None:

@@ -1,0 +1,132 @@
+"""What the stages of a run folder have reached: a table, ``summary.json`` and one picture."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files, on machines without a screen
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.table import Table
+
+STAGES = {"sft": "Joint SFT", "long_cot": "Long-CoT SFT", "rl": "RL"}
+COLOURS = {"sft": "#9aa5b1", "long_cot": "#3b82c4", "rl": "#d9622b"}
+METRICS_FILE, HISTORY_FILE = "metrics.json", "history.jsonl"
+DRAWN = ("rollout/accuracy", "rollout/length", "val/sampled_accuracy", "val/sampled_length")
+_PREFIX = "test/accuracy_difficulty_"
+
+Curves = dict[str, tuple[list[int], list[float]]]
+"""Metric -> (RL iterations done, values)."""
+
+
+def write_report(folder: Path) -> None:
+    """Print the table of the finished stages in ``folder``, and write ``summary.json`` and ``summary.png`` there.
+
+    Raises:
+        ValueError: when no stage in the folder has finished.
+    """
+    stages = {stage: figures for stage in STAGES if (figures := _stage_figures(folder / stage))}
+    if not stages:
+        raise ValueError(f"{folder}: no finished stage there; run one with: python train.py stage=sft")
+    (folder / "summary.json").write_text(json.dumps({"stages": stages}, indent=2) + "\n")
+    _draw(stages, _curves(folder / "rl" / HISTORY_FILE), folder / "summary.png")
+    _print_table(stages)
+    print(f"picture: {folder / 'summary.png'}   figures: {folder / 'summary.json'}")
+
+
+def _stage_figures(folder: Path) -> dict[str, Any] | None:
+    path = folder / METRICS_FILE
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    if "test/accuracy" not in metrics:
+        return None
+    names = ("accuracy", "sampled_accuracy", "length", "sampled_length")
+    figures: dict[str, Any] = {name: metrics[f"test/{name}"] for name in names if f"test/{name}" in metrics}
+    figures["problems"] = int(metrics["test/problems"])
+    figures["seconds"] = metrics["seconds"]
+    figures["by_difficulty"] = {
+        name.removeprefix(_PREFIX): value for name, value in metrics.items() if name.startswith(_PREFIX)
+    }
+    return figures
+
+
+def _print_table(stages: dict[str, dict[str, Any]]) -> None:
+    table = Table(title=f"{next(iter(stages.values()))['problems']} held-out problems")
+    table.add_column("stage")
+    for heading in ("accuracy\ngreedy", "accuracy\nsampled", "tokens\ngreedy", "tokens\nsampled", "training\ntime"):
+        table.add_column(heading, justify="right")
+    for stage, figures in stages.items():
+        minutes, seconds = divmod(round(figures["seconds"]), 60)
+        table.add_row(
+            STAGES[stage],
+            f"{figures['accuracy']:.3f}",
+            _optional(figures.get("sampled_accuracy"), ".3f"),
+            f"{figures['length']:.1f}",
+            _optional(figures.get("sampled_length"), ".1f"),
+            f"{minutes}:{seconds:02d}",
+        )
+    Console().print(table)
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _draw(stages: dict[str, dict[str, Any]], curves: Curves, path: Path) -> None:
+    figure, axes = plt.subplots(1, 3 if curves else 1, figsize=(13 if curves else 5.5, 3.8), squeeze=False)
+    _draw_difficulty(axes[0, 0], stages)
+    if curves:
+        labels = {"rollout/accuracy": "training problems", "val/sampled_accuracy": "validation"}
+        _draw_curves(axes[0, 1], curves, labels, "Accuracy, sampled", "share of responses right")
+        labels = {"rollout/length": "training problems", "val/sampled_length": "validation"}
+        _draw_curves(axes[0, 2], curves, labels, "Response length, sampled", "tokens")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_difficulty(axes: Axes, stages: dict[str, dict[str, Any]]) -> None:
+    for stage, figures in stages.items():
+        levels = sorted(figures["by_difficulty"], key=int)
+        accuracy = [figures["by_difficulty"][level] for level in levels]
+        axes.plot([int(level) for level in levels], accuracy, "o-", color=COLOURS[stage], label=STAGES[stage])
+    axes.set(title="Accuracy by difficulty, greedy", xlabel="digits in the problem", ylabel="share right")
+    axes.set_ylim(0, 1.04)
+    _finish(axes)
+
+
+def _curves(path: Path) -> Curves:
+    """The figures of ``history.jsonl`` that are drawn, over the RL iterations done."""
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        row = json.loads(line)
+        for name in DRAWN:
+            if name in row:
+                values[name][int(row["epoch"]) + 1] = row[name]
+    return {name: (sorted(points), [points[x] for x in sorted(points)]) for name, points in values.items()}
+
+
+def _draw_curves(
+    axes: Axes,
+    curves: Curves,
+    labels: dict[str, str],
+    title: str,
+    ylabel: str,
+) -> None:
+    for (name, label), style in zip(labels.items(), ("-", "o--"), strict=True):
+        if name in curves:
+            axes.plot(*curves[name], style, color=COLOURS["rl"], label=label, alpha=0.6 if style == "-" else 1)
+    axes.set(title=title, xlabel="RL iteration", ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)

@@ -1,0 +1,66 @@
+"""Every configuration that a user can compose is right: it resolves, its targets import, its keys match signatures."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
+
+from kimivl.config import check_targets, register, validate
+
+CONF = Path(__file__).parents[1] / "conf"
+STAGES = ["sft", "long_cot", "rl"]
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str):
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("experiment", [None, *options("experiment")])
+def test_stage_and_experiment(stage, experiment):
+    cfg = composed(f"stage={stage}", *([f"experiment={experiment}"] if experiment else []))
+    OmegaConf.resolve(cfg)
+    assert cfg.stage == stage
+    assert list(check_targets(cfg)) == []
+    assert not OmegaConf.missing_keys(cfg)
+
+
+GROUPS = ["model", "optimizer", "trainer", "logger", "callbacks", "debug", "sweep", "reward", "rollout"]
+
+
+@pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
+def test_every_group_option(choice):
+    cfg = composed("stage=rl", choice)
+    OmegaConf.resolve(cfg)
+    assert list(check_targets(cfg)) == []
+
+
+def test_data_on_the_command_line_wins_over_the_stage():
+    assert composed("stage=rl", "data=sft").data["_target_"].endswith("SFTDataModule")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optimizer.learning_rate", 1.0, "optimizer.learning_rate: kimivl.optim.MuonAdamW takes no such key"),
+        ("optimizer.weight_decay", "high", "optimizer.weight_decay: 'high' is not a float"),
+        ("data.problems", 1.5, "data.problems: 1.5 is not a int"),
+        ("trainer.max_epochz", 3, "trainer.max_epochz: lightning.pytorch.Trainer takes no such key"),
+        ("module._target_", "kimivl.stages.rl.Nothing", "module._target_: kimivl.stages.rl.Nothing cannot be imported"),
+        ("data.phases", [], "data.phases is empty"),
+    ],
+)
+def test_mistakes_are_named(key, value, message):
+    cfg = composed("stage=rl")
+    with open_dict(cfg):
+        OmegaConf.update(cfg, key, value)
+    with pytest.raises(ValueError) as error:
+        validate(cfg)
+    assert str(error.value).startswith(message)
