@@ -141,7 +141,13 @@ def _optimized(metrics: dict[str, float], name: str) -> float | None:
 
 def _quiet() -> None:
     """Silence what Lightning says about things that are so by design here."""
-    for pattern in (".*does not have many workers.*", ".*is not resumable.*", ".*smaller than the logging interval.*"):
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",  # the loaders start at the right pack themselves
+        ".*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*LeafSpec.*is deprecated.*",
+    ):
         warnings.filterwarnings("ignore", pattern)
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

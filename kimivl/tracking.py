@@ -50,6 +50,7 @@ def wandb_logger(output_dir: str, project: str, group: str, job_type: str) -> Wa
         mode=mode,
         settings=wandb.Settings(console="off", x_disable_stats=mode != "online"),
     )
+    logger._wandb_init.pop("anonymous", None)  # Lightning still passes it, and wandb warns of it
     if mode == "offline":
         log.info("W&B writes to %s/wandb; send it with: wandb sync %s/wandb/offline-run-*", output_dir, output_dir)
     return logger

@@ -35,32 +35,31 @@ class Progress(ProgressBar):
         self._bar: RichProgress | None = None
         self._started = 0.0
         self._first_step = 0
-        self._every = 1
+        self._every = self._total = 1
 
     def disable(self) -> None:
         self.console.quiet = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._first_step = time.perf_counter(), trainer.global_step
+        self._total = trainer.datamodule.total_steps  # type: ignore[attr-defined]
         self._every = max(1, int(getattr(trainer, "log_every_n_steps", 1)))
         if self.console.is_terminal and trainer.is_global_zero:
             columns = ("[bold]{task.description}", BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
             left = ("left", TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"))
             self._bar = RichProgress(*columns, *left, console=self.console)
             self._bar.start()
-            total = int(trainer.estimated_stepping_batches)
-            self._task = self._bar.add_task(self.label, total=total, completed=trainer.global_step, figures="")
+            self._task = self._bar.add_task(self.label, total=self._total, completed=trainer.global_step, figures="")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, figures=self._figures(trainer, pl_module))
         elif trainer.is_global_zero and trainer.global_step % self._every == 0:
-            total = int(trainer.estimated_stepping_batches)
             elapsed = time.perf_counter() - self._started
-            left = elapsed / (trainer.global_step - self._first_step) * (total - trainer.global_step)
+            left = elapsed / (trainer.global_step - self._first_step) * (self._total - trainer.global_step)
             figures = self._figures(trainer, pl_module)
             self.console.print(
-                f"{self.label} {trainer.global_step}/{total}  {elapsed:.0f} s, {left:.0f} s left  {figures}",
+                f"{self.label} {trainer.global_step}/{self._total}  {elapsed:.0f} s, {left:.0f} s left  {figures}",
                 highlight=False,
                 soft_wrap=True,
             )

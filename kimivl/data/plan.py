@@ -78,7 +78,8 @@ def plan_epoch(
     packs = _best_fit(order, tokens, patches, max_length, max_patches)
     packs = _split_to_multiple(packs, packs_per_step)
     shuffle = np.random.default_rng([seed, epoch, 1]).permutation(len(packs))
-    packs = [packs[number] for number in shuffle]
+    # Inside a pack the order is free: neighbours of one length share an attention call.
+    packs = [sorted(packs[number], key=lambda sample: tokens[sample]) for number in shuffle]
     pack_targets = np.array([targets[pack].sum() for pack in packs], np.int64)
     return Plan(
         samples=np.concatenate([np.asarray(pack, np.int64) for pack in packs]),

@@ -128,8 +128,9 @@ def _vision_config(given: dict[str, Any] | PreTrainedConfig | None) -> MoonViTCo
             raise ValueError(f"vision_config: expected moonvit, got {given.model_type!r}")
         return given
     fields = dict(given or {})
-    if fields.pop("model_type", "moonvit") != "moonvit":
-        raise ValueError(f"vision_config.model_type: expected moonvit, got {given['model_type']!r}")  # type: ignore[index]
+    model_type = fields.pop("model_type", "moonvit")
+    if model_type != "moonvit":
+        raise ValueError(f"vision_config.model_type: expected moonvit, got {model_type!r}")
     return MoonViTConfig(**fields)
 
 
@@ -146,10 +147,9 @@ def _text_config(given: dict[str, Any] | PreTrainedConfig | None) -> tuple[Deeps
     for key, value in _TEXT_CONSTANTS.items():
         if fields[key] != value:
             raise ValueError(f"text_config.{key}: only {value!r} is Kimi-VL's, got {fields[key]!r}")
-    if fields.get("rope_parameters"):
-        fields.pop("rope_theta"), fields.pop("rope_scaling")
-    vocab_size = fields.pop("vocab_size", None)
-    return DeepseekV3Config(**fields, **({} if vocab_size is None else {"vocab_size": vocab_size})), vocab_size
+    if fields.get("vocab_size") is None:
+        fields.pop("vocab_size", None)  # not known yet: transformers wants a number, with_tokenizer brings it
+    return DeepseekV3Config(**fields), fields.get("vocab_size")
 
 
 def _official_text(text: PreTrainedConfig) -> dict[str, Any]:

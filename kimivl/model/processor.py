@@ -120,23 +120,25 @@ class KimiVLProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
+        videos: None = None,
+        audio: None = None,
         return_tensors: str | None = None,
         padding: bool | str = False,
-        **kwargs: Any,
+        padding_side: str | None = None,
     ) -> BatchFeature:
         """Inputs of the model for one text or several, and all their images in order.
 
         Text is tokenized first and the image token's id repeated afterwards. Raises ValueError, naming the text,
         when placeholders and images differ in number.
         """
-        pixels = self.image_processor(images) if images is not None and len(_flatten(images)) else None
-        data: dict[str, Any] = {} if pixels is None else dict(pixels)
+        if videos is not None or audio is not None:
+            raise ValueError("Kimi-VL reads text and images: give the frames of a video as images")
+        data: dict[str, Any] = dict(self.image_processor(images)) if _flatten(images) else {}
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            grids = [] if pixels is None else [tuple(grid) for grid in pixels["image_grid_hws"].tolist()]
-            rows = self._expand(self.tokenizer(texts, add_special_tokens=False)["input_ids"], grids)
-            encoded = self.tokenizer.pad({"input_ids": rows}, padding=padding, return_tensors=return_tensors, **kwargs)
-            data = {**encoded, **data}
+            rows = self.tokenizer([text] if isinstance(text, str) else list(text), add_special_tokens=False)
+            grids = [tuple(grid) for grid in data["image_grid_hws"].tolist()] if data else []
+            ids = {"input_ids": self._expand(rows["input_ids"], grids)}
+            data |= self.tokenizer.pad(ids, padding=padding, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _expand(self, rows: list[list[int]], grids: list[tuple[int, int]]) -> list[list[int]]:
@@ -156,6 +158,9 @@ class KimiVLProcessor(ProcessorMixin):
 
 
 def _flatten(images: Any) -> list[Any]:
+    """The images of any nesting of lists, in order."""
+    if images is None:
+        return []
     if not isinstance(images, list | tuple):
         return [images]
     return [image for item in images for image in _flatten(item)]

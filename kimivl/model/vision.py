@@ -58,6 +58,8 @@ class PatchEmbed(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear maps with the tanh form of GELU between."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc0 = nn.Linear(dim, hidden)
@@ -93,6 +95,8 @@ class Block(GradientCheckpointingLayer):
 
 
 class Encoder(nn.Module):
+    """All blocks, and the norm after the last."""
+
     def __init__(self, config: MoonViTConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

@@ -109,6 +109,11 @@ class StageDataModule(LightningDataModule):
             epoch -= phase.epochs
         return self.phases[-1]
 
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return sum(phase["steps"] for phase in self.schedule_phases())
+
     def schedule_phases(self) -> list[dict[str, Any]]:
         """``[{"steps": optimiser steps, "lr": [start, end]}, ...]``, one per phase."""
         raise NotImplementedError

@@ -107,6 +107,20 @@ def test_placeholders_and_images_must_agree(processor):
         processor(text="<|media_pad|>")
 
 
+def test_chat_with_an_image(processor):
+    """transformers' own chat call: template, images and expansion in one."""
+    content = [{"type": "image", "image": picture(56, 28)}, {"type": "text", "text": "one"}]
+    batch = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    assert batch["image_grid_hws"].tolist() == [[2, 4]]
+    assert int((batch["input_ids"] == processor.image_token_id).sum()) == 2
+
+
 def test_saved_is_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     for loaded in (AutoProcessor.from_pretrained(tmp_path), KimiVLProcessor.from_pretrained(tmp_path)):

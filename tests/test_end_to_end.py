@@ -1,0 +1,186 @@
+"""The three stages in miniature, through ``train.py`` as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import ROOT, history, train
+from safetensors.torch import load_file
+
+MINIATURE = "debug=miniature"
+RL = ["stage=rl", "data.phases=[{epochs: 2, lr: [1e-3, 1e-3]}]", "data.problems=8", "data.responses=4"]
+RL += ["data.updates=2", "trainer.check_val_every_n_epoch=1"]
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder in which all three stages have run."""
+    root = tmp_path_factory.mktemp("outputs")
+    for stage in (["stage=sft"], ["stage=long_cot"], RL):
+        train(*stage, MINIATURE, f"paths.root={root}")
+    return root
+
+
+@pytest.mark.parametrize("stage", ["sft", "long_cot", "rl"])
+def test_a_stage_leaves_model_metrics_and_history(root, stage):
+    run = root / "miniature" / stage
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test/problems"] == 16
+    assert 0 <= metrics["test/accuracy"] <= 1 and 0 < metrics["test/sampled_length"] <= 12
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert (run / "model" / "tokenizer.json").is_file()
+    assert len(history(run, "train/loss")) >= 2
+    assert list(run.glob("wandb/offline-run-*"))
+
+
+def test_each_stage_starts_from_the_one_before_and_moves(root):
+    weights = [load_file(root / "miniature" / stage / "model/model.safetensors") for stage in ("sft", "long_cot", "rl")]
+    assert weights[0].keys() == weights[1].keys() == weights[2].keys()
+    vision = next(name for name in weights[0] if name.startswith("vision_tower") and name.endswith("wqkv.weight"))
+    assert not torch.equal(weights[0][vision], weights[1][vision])
+    assert torch.equal(weights[1][vision], weights[2][vision])  # frozen in RL
+    head = "language_model.lm_head.weight"
+    assert not torch.equal(weights[1][head], weights[2][head])
+
+
+def test_checkpoints_hold_tensors_and_primitives_only(root):
+    for stage in ("sft", "rl"):
+        torch.load(root / "miniature" / stage / "checkpoints/last.ckpt", weights_only=True)
+
+
+def test_rl_logs_rollouts_rewards_and_speed(root):
+    run = root / "miniature" / "rl"
+    for name in ("rollout/accuracy", "rollout/length", "reward/total", "perf/rollout_tokens_per_s", "sampler/ceiling"):
+        assert len(history(run, name)) == 2, name
+    assert history(run, "policy/log_ratio_squared")[0] == pytest.approx(0, abs=1e-6)  # the policy is its own reference
+
+
+def test_report_writes_summary_and_picture(root, capsys):
+    from kimivl.cli import main
+
+    assert main(["report", str(root / "miniature")]) == 0
+    summary = json.loads((root / "miniature/summary.json").read_text())["stages"]
+    keys = {"accuracy", "sampled_accuracy", "length", "sampled_length", "problems", "seconds", "by_difficulty"}
+    assert list(summary) == ["sft", "long_cot", "rl"] and all(set(figures) == keys for figures in summary.values())
+    assert summary["rl"]["by_difficulty"].keys() == {str(level) for level in range(1, 9)}
+    assert (root / "miniature/summary.png").stat().st_size > 10_000
+    assert "Long-CoT SFT" in capsys.readouterr().out
+
+
+def test_report_of_nothing_says_what_to_run(tmp_path, capsys):
+    from kimivl.cli import main
+
+    assert main(["report", str(tmp_path)]) == 2
+    assert "python train.py stage=sft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_resumed_is_uninterrupted(root, tmp_path, stage, signal_name):
+    """Stopped in good order (a signal) or killed in the middle of a step, the run goes on bit for bit."""
+    overrides = RL + ["data.updates=3"] if stage == "rl" else ["stage=sft", "data.phases.0.max_length=2560"]
+    overrides += [MINIATURE, f"paths.root={root}", "logger=none", "test=false"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(*overrides, f"paths.output_dir={whole}")
+    stop = [
+        "+callbacks.stop._target_=stop_at.StopAt",
+        "+callbacks.stop.step=3",
+        f"+callbacks.stop.signal_name={signal_name}",
+    ]
+    stopped = train(*overrides, *stop, f"paths.output_dir={cut}", check=False)
+    if signal_name == "SIGKILL":
+        assert stopped.returncode == -9
+    else:
+        assert stopped.returncode == 130
+        assert "saved after step 4" in stopped.stderr and "ckpt_path=last" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+    train(*overrides, f"paths.output_dir={cut}", "ckpt_path=last")
+    assert len(history(whole, "train/loss")) == 6
+    assert history(cut, "train/loss") == history(whole, "train/loss")
+    assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root, tmp_path):
+    overrides = [
+        "stage=sft",
+        MINIATURE,
+        f"paths.root={root}",
+        f"paths.output_dir={tmp_path}",
+        "logger=none",
+        "test=false",
+    ]
+    stop = ["+callbacks.stop._target_=stop_at.StopAt", "+callbacks.stop.step=1", "+callbacks.stop.signal_name=SIGTERM"]
+    train(*overrides, *stop, check=False)
+    refused = train(*overrides, "optimizer.momentum=0.5", check=False)
+    assert refused.returncode == 2 and "another optimizer.momentum (0.95, now 0.5)" in refused.stderr
+    train(*overrides)
+    steps = list(history(tmp_path, "train/loss"))
+    assert steps == sorted(set(steps)) and steps[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=pretrain"], "Available options in 'stage':\n\tlong_cot\n\trl\n\tsft"),
+        (["stage=sft", "optimizer.lrr=1"], "Key 'lrr' is not in struct"),
+        (["stage=sft", "seed=many"], "could not be converted to Integer"),
+        (["stage=sft", "optimizer.momentum=high"], "error: optimizer.momentum: 'high' is not a float"),
+        (["stage=rl"], "no model there (config.json is missing); make it with: python train.py stage=long_cot"),
+        (["stage=rl", "init_from=null"], "init_from is null; make it with: python train.py stage=long_cot"),
+        (["stage=sft", "ckpt_path=last"], "ckpt_path=last: there is no checkpoint"),
+        (["stage=sft", "trainer.devices=2"], "torchrun --nproc_per_node=2 train.py stage=sft"),
+        (["stage=sft", "data.prepare=null", "data.shards=/nowhere/x-*.tar"], "/nowhere/x-*.tar"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(tmp_path, overrides, message):
+    done = train(*overrides, f"paths.root={tmp_path}", check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_foreign_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    done = train("stage=rl", f"init_from={tmp_path}", f"paths.root={tmp_path}", check=False)
+    assert done.returncode == 2 and "a 'llama' model" in done.stderr
+
+
+def test_config_shows_without_data_or_gpu(tmp_path):
+    done = train("stage=rl", "model=kimi_vl_a3b", "trainer=gpu", "--cfg", "job", "--resolve", f"paths.root={tmp_path}")
+    assert "hidden_size: 2048" in done.stdout and "accelerator: gpu" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=local"]])
+def test_a_sweep_runs_each_job_in_its_own_folder_and_wandb_run(root, tmp_path, launcher):
+    short = ["data.phases=[{epochs: 1, lr: [1e-3, 1e-3]}]", "data.problems=4", "data.responses=2", "data.updates=1"]
+    train("-m", "stage=rl", MINIATURE, *short, "reward.length.weight=0,0.3", "seed=1,2", f"paths.root={root}",
+          f"hydra.sweep.dir={tmp_path}", "test=false", "trainer.check_val_every_n_epoch=1", *launcher)  # fmt: skip
+    jobs = sorted(path.parent for path in tmp_path.glob("*/metrics.json"))
+    settings = [json.loads((job / "run.json").read_text())["config"] for job in jobs]
+    assert sorted((job["reward"]["length"]["weight"], job["seed"]) for job in settings) == [
+        (0, 1),
+        (0, 2),
+        (0.3, 1),
+        (0.3, 2),
+    ]
+    assert {job["logger"]["wandb"]["group"] for job in settings} == {tmp_path.name}
+    assert all("val/sampled_accuracy" in json.loads((job / "metrics.json").read_text()) for job in jobs)
+    runs = [path.name.split("-")[-1] for job in jobs for path in job.glob("wandb/offline-run-*")]
+    assert len(runs) == len(set(runs)) == 4
+
+
+def test_help_is_quick():
+    import time
+
+    started = time.perf_counter()
+    assert "stage: long_cot, rl, sft" in train("--help").stdout
+    assert time.perf_counter() - started < 3, "train.py --help must not import torch"
+
+
+def test_readme_commands_are_those_of_the_makefile():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "check"):
+        assert f"make {target}" in readme and f"\n{target}:" in makefile
