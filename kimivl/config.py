@@ -14,13 +14,16 @@ import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+CONF = Path(__file__).parents[1] / "conf"
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_args_", "_recursive_"}
 
 
@@ -57,6 +60,13 @@ class Interrupted(Exception):
 def register() -> None:
     """Make the schema known to Hydra under the name ``schema``."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+def compose_run(*overrides: str) -> DictConfig:
+    """The configuration that ``python train.py OVERRIDES`` would have, for notebooks and tests."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
 
 
 @contextmanager

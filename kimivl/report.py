@@ -18,7 +18,13 @@ from rich.table import Table
 STAGES = {"sft": "Joint SFT", "long_cot": "Long-CoT SFT", "rl": "RL"}
 COLOURS = {"sft": "#9aa5b1", "long_cot": "#3b82c4", "rl": "#d9622b"}
 METRICS_FILE, HISTORY_FILE = "metrics.json", "history.jsonl"
-DRAWN = ("rollout/accuracy", "rollout/length", "val/sampled_accuracy", "val/sampled_length")
+DRAWN = {
+    "rollout/accuracy": "training problems (curriculum)",
+    "val/sampled_accuracy": "validation",
+    "rollout/length": "training problems (curriculum)",
+    "val/sampled_length": "validation",
+}
+"""Figures of RL's history that are drawn, with their labels."""
 _PREFIX = "test/accuracy_difficulty_"
 
 Curves = dict[str, tuple[list[int], list[float]]]
@@ -35,7 +41,7 @@ def write_report(folder: Path) -> None:
     if not stages:
         raise ValueError(f"{folder}: no finished stage there; run one with: python train.py stage=sft")
     (folder / "summary.json").write_text(json.dumps({"stages": stages}, indent=2) + "\n")
-    _draw(stages, _curves(folder / "rl" / HISTORY_FILE), folder / "summary.png")
+    _draw(stages, _curves(folder), folder / "summary.png")
     _print_table(stages)
     print(f"picture: {folder / 'summary.png'}   figures: {folder / 'summary.json'}")
 
@@ -81,10 +87,10 @@ def _draw(stages: dict[str, dict[str, Any]], curves: Curves, path: Path) -> None
     figure, axes = plt.subplots(1, 3 if curves else 1, figsize=(13 if curves else 5.5, 3.8), squeeze=False)
     _draw_difficulty(axes[0, 0], stages)
     if curves:
-        labels = {"rollout/accuracy": "training problems", "val/sampled_accuracy": "validation"}
-        _draw_curves(axes[0, 1], curves, labels, "Accuracy, sampled", "share of responses right")
-        labels = {"rollout/length": "training problems", "val/sampled_length": "validation"}
-        _draw_curves(axes[0, 2], curves, labels, "Response length, sampled", "tokens")
+        names = ("rollout/accuracy", "val/sampled_accuracy")
+        _draw_curves(axes[0, 1], curves, names, "Accuracy, sampled", "share of responses right", 1.04)
+        names = ("rollout/length", "val/sampled_length")
+        _draw_curves(axes[0, 2], curves, names, "Response length, sampled", "tokens", None)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -100,33 +106,33 @@ def _draw_difficulty(axes: Axes, stages: dict[str, dict[str, Any]]) -> None:
     _finish(axes)
 
 
-def _curves(path: Path) -> Curves:
-    """The figures of ``history.jsonl`` that are drawn, over the RL iterations done."""
+def _curves(folder: Path) -> Curves:
+    """What is drawn of RL's history, over the iterations done; validation begins with the model of the stage before."""
     values: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    history, before = folder / "rl" / HISTORY_FILE, folder / "long_cot" / METRICS_FILE
+    for line in history.read_text().splitlines() if history.is_file() else []:
         row = json.loads(line)
-        for name in DRAWN:
-            if name in row:
-                values[name][int(row["epoch"]) + 1] = row[name]
+        for name in DRAWN.keys() & row.keys():
+            values[name][int(row["epoch"]) + 1] = row[name]
+    start = json.loads(before.read_text()) if values and before.is_file() else {}
+    for name in values.keys() & start.keys():
+        values[name][0] = start[name]
     return {name: (sorted(points), [points[x] for x in sorted(points)]) for name, points in values.items()}
 
 
 def _draw_curves(
-    axes: Axes,
-    curves: Curves,
-    labels: dict[str, str],
-    title: str,
-    ylabel: str,
+    axes: Axes, curves: Curves, names: tuple[str, str], title: str, ylabel: str, top: float | None
 ) -> None:
-    for (name, label), style in zip(labels.items(), ("-", "o--"), strict=True):
+    for name, style, alpha in zip(names, ("-", "o-"), (0.4, 1.0), strict=True):
         if name in curves:
-            axes.plot(*curves[name], style, color=COLOURS["rl"], label=label, alpha=0.6 if style == "-" else 1)
+            axes.plot(*curves[name], style, color=COLOURS["rl"], label=DRAWN[name], alpha=alpha)
     axes.set(title=title, xlabel="RL iteration", ylabel=ylabel)
-    axes.set_ylim(bottom=0)
+    axes.margins(y=0.1)
+    axes.set_ylim(0, top)
     _finish(axes)
 
 
 def _finish(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")

@@ -1,14 +1,10 @@
 """Every configuration that a user can compose is right: it resolves, its targets import, its keys match signatures."""
 
-from pathlib import Path
-
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
-from kimivl.config import check_targets, register, validate
+from kimivl.config import CONF, check_targets, compose_run, validate
 
-CONF = Path(__file__).parents[1] / "conf"
 STAGES = ["sft", "long_cot", "rl"]
 
 
@@ -16,18 +12,12 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def composed(*overrides: str):
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
-
-
 @pytest.mark.parametrize(
     "choice", [f"stage={stage}" for stage in STAGES] + [f"experiment={e}" for e in options("experiment")]
 )
 def test_stage_and_experiment(choice):
     """An experiment brings its own stage."""
-    cfg = composed(choice)
+    cfg = compose_run(choice)
     OmegaConf.resolve(cfg)
     assert cfg.stage in STAGES
     assert list(check_targets(cfg)) == []
@@ -39,13 +29,13 @@ GROUPS = ["model", "optimizer", "trainer", "logger", "callbacks", "debug", "swee
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_group_option(choice):
-    cfg = composed("stage=rl", choice)
+    cfg = compose_run("stage=rl", choice)
     OmegaConf.resolve(cfg)
     assert list(check_targets(cfg)) == []
 
 
 def test_data_on_the_command_line_wins_over_the_stage():
-    assert composed("stage=rl", "data=sft").data["_target_"].endswith("SFTDataModule")
+    assert compose_run("stage=rl", "data=sft").data["_target_"].endswith("SFTDataModule")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +50,7 @@ def test_data_on_the_command_line_wins_over_the_stage():
     ],
 )
 def test_mistakes_are_named(key, value, message):
-    cfg = composed("stage=rl")
+    cfg = compose_run("stage=rl")
     with open_dict(cfg):
         OmegaConf.update(cfg, key, value)
     with pytest.raises(ValueError) as error:

@@ -79,7 +79,7 @@ def test_report_of_nothing_says_what_to_run(tmp_path, capsys):
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_resumed_is_uninterrupted(root, tmp_path, stage, signal_name):
     """Stopped in good order (a signal) or killed in the middle of a step, the run goes on bit for bit."""
-    overrides = RL + ["data.updates=3"] if stage == "rl" else ["stage=sft", "data.phases.0.max_length=2560"]
+    overrides = RL + ["data.updates=3"] if stage == "rl" else ["stage=sft"]
     overrides += [MINIATURE, f"paths.root={root}", "logger=none", "test=false"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(*overrides, f"paths.output_dir={whole}")

@@ -27,6 +27,7 @@ class Preemption(Callback):
     def __init__(self, path: str) -> None:
         self.path = path
         self.received: int | None = None
+        self._saved_step: int | None = None
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,10 +40,24 @@ class Preemption(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         between_steps = trainer.fit_loop._should_accumulate()
-        if between_steps or not self._any_rank(trainer):
-            return
-        trainer.save_checkpoint(self.path)
-        raise Interrupted(f"saved after step {trainer.global_step}; the same command with ckpt_path=last goes on")
+        if not between_steps and self._any_rank(trainer):
+            trainer.save_checkpoint(self.path)
+            self._saved_step = trainer.global_step
+
+    # The step's figures are logged after on_train_batch_end: the run leaves at whichever hook comes next.
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self._leave_if_saved()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_saved()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_saved()
+
+    def _leave_if_saved(self) -> None:
+        if self._saved_step is not None:
+            raise Interrupted(f"saved after step {self._saved_step}; the same command with ckpt_path=last goes on")
 
     def _any_rank(self, trainer: Trainer) -> bool:
         flag = torch.tensor(float(self.received is not None), device=trainer.strategy.root_device)

@@ -47,7 +47,7 @@ class SampleEncoder:
 
     @cached_property
     def _special_ids(self) -> dict[str, int]:
-        return {token: index for token, index in self.tokenizer.get_added_vocab().items()}
+        return dict(self.tokenizer.get_added_vocab())
 
     @cached_property
     def _special_text(self) -> re.Pattern[str]:

@@ -61,7 +61,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     pixel_values: Tensor
     image_grid_hws: Tensor
-    step_targets: int = 0
+    step_targets: int
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +76,10 @@ class PackedBatch:
         """(K,) the segment that each supervised position belongs to, in the order of ``target_log_probs``."""
         positions = (self.targets != IGNORE).nonzero().squeeze(1)
         return torch.searchsorted(self.cu_seqlens.long(), positions, right=True) - 1
+
+    def sum_by_segment(self, values: Tensor) -> Tensor:
+        """(K,) values of the supervised positions -> (S,) their sum in each segment."""
+        return values.new_zeros(self.num_samples).index_add(0, self.target_segments.to(values.device), values)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same pack on another device."""
@@ -93,8 +97,11 @@ class PackedBatch:
         }
 
 
-def pack_samples(samples: Sequence[EncodedSample], step_targets: int = 0) -> PackedBatch:
-    """Lay whole samples end to end; nothing is padded, cut or shared between them."""
+def pack_samples(samples: Sequence[EncodedSample], step_targets: int | None = None) -> PackedBatch:
+    """Lay whole samples end to end; nothing is padded, cut or shared between them.
+
+    Without ``step_targets`` the pack is a step of its own.
+    """
     if not samples:
         raise ValueError("a pack needs at least one sample")
     lengths = torch.tensor([len(sample) for sample in samples])
@@ -106,5 +113,5 @@ def pack_samples(samples: Sequence[EncodedSample], step_targets: int = 0) -> Pac
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
         pixel_values=torch.cat([sample.pixel_values for sample in samples]),
         image_grid_hws=torch.cat([sample.image_grid_hws for sample in samples]),
-        step_targets=step_targets,
+        step_targets=sum(sample.num_targets for sample in samples) if step_targets is None else step_targets,
     )

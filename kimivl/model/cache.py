@@ -53,5 +53,5 @@ def _with_room(states: Tensor, length: int) -> Tensor:
 
 
 def decoding_cache() -> Cache:
-    """A cache of `GrowingLayer`s, to pass as `past_key_values`; `generate` makes one by itself."""
+    """A cache of `GrowingLayer`s; the model makes one where it is asked for a cache and has none."""
     return Cache(layer_class_to_replicate=GrowingLayer)

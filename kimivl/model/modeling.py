@@ -132,7 +132,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
 
         `cu_seqlens` (S + 1,): the row is a pack of S samples; attention is causal inside each, positions restart.
         Without it, rows are independent samples, padded as `attention_mask` (B, L) says; this is what generation
-        uses, with `past_key_values`.
+        uses, with `past_key_values` (made on the first call with `use_cache`).
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -161,6 +161,8 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
                 position_ids = positions_of_mask(attention_mask)[:, -embeds.shape[1] :]
             elif position_ids is not None:
                 refuse_restarts(position_ids, attention_mask)
+            if use_cache and past_key_values is None:
+                past_key_values = decoding_cache()
             return {
                 "position_ids": position_ids,
                 "attention_mask": attention_mask,

@@ -80,11 +80,18 @@ class HFRolloutEngine:
         model: ``KimiVLForConditionalGeneration``; it is put into eval mode while generating, and back.
         decode: token ids -> text.
         stop_id: ``<|im_end|>``. pad_id: any valid id, never attended to.
+        never: ids that are not to be drawn; a drawn image placeholder would have no image in training.
         max_rows: responses generated at one time; bounds the memory of the cache.
     """
 
     def __init__(
-        self, model: Any, decode: Callable[[list[int]], str], stop_id: int, pad_id: int, max_rows: int = 256
+        self,
+        model: Any,
+        decode: Callable[[list[int]], str],
+        stop_id: int,
+        pad_id: int,
+        never: Sequence[int] = (),
+        max_rows: int = 256,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"rollout.max_rows must be at least 1, not {max_rows}")
@@ -92,6 +99,7 @@ class HFRolloutEngine:
         self.decode = decode
         self.stop_id = stop_id
         self.pad_id = pad_id
+        self.never = list(never)
         self.max_rows = max_rows
         self.tokens_per_second = 0.0
 
@@ -134,6 +142,7 @@ class HFRolloutEngine:
         rows = _Rows(slot, mask, mask.sum(1), torch.zeros_like(slot), np.array(seeds, np.uint64))
         running = torch.ones(len(seeds), dtype=torch.bool, device=mask.device)
         for position in range(sampling.max_new_tokens):
+            logits[:, self.never] = float("-inf")
             rows.token = sample_tokens(logits, sampling.temperature, uniform(rows.seeds, position))
             slots = zip(rows.slot.tolist(), rows.token.tolist(), running.tolist(), strict=True)
             for number, token, active in slots:

@@ -26,7 +26,7 @@ class StageModule(LightningModule):
     Args:
         model: configuration of a fresh model; used where ``init_from`` is None.
         optimizer: named parameters -> optimiser.
-        rollout: keyword arguments model, decode, stop_id, pad_id -> rollout engine, for evaluation and RL.
+        rollout: keyword arguments model, decode, stop_id, pad_id, never -> rollout engine, for evaluation and RL.
         reward: judges responses; evaluation uses its verdict on the answer, never its length term.
         evaluation: how the held-out problems are answered.
         init_from: folder of the model to start from.
@@ -75,6 +75,7 @@ class StageModule(LightningModule):
             decode=tokenizer.decode,
             stop_id=self.datamodule.encoder.stop_id,
             pad_id=tokenizer.pad_token_id,
+            never=[self.model.config.media_placeholder_token_id],
         )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -96,8 +97,7 @@ class StageModule(LightningModule):
 
     def sequence_log_probs(self, pack: PackedBatch) -> Tensor:
         """(S,) log-probability of each segment's supervised tokens, summed."""
-        logp = self.model.target_log_probs(**pack.model_inputs())
-        return logp.new_zeros(pack.num_samples).index_add(0, pack.target_segments.to(logp.device), logp)
+        return pack.sum_by_segment(self.model.target_log_probs(**pack.model_inputs()))
 
     # Evaluation: the same code in all stages, in `validate` during training and in `test` at its end.
 

@@ -118,6 +118,13 @@ def test_responses_end_at_the_stop_token_or_the_cap(engine):
     assert engine.tokens_per_second > 0
 
 
+def test_an_image_placeholder_is_never_drawn(model):
+    engine = HFRolloutEngine(model, decode=str, stop_id=STOP, pad_id=0, never=[MEDIA, 11])
+    groups = engine.generate(prompts(), seeds(3, 64), Sampling(30))
+    drawn = {token for group in groups for response in group for token in response.tokens}
+    assert not drawn & {MEDIA, 11} and {10, 12} <= drawn
+
+
 def test_only_responses_are_supervised():
     prompt = prompts()[0]
     sample = trajectory(prompt, torch.tensor([3, 4]))
@@ -136,7 +143,7 @@ def test_draws_follow_the_distribution():
 def test_draws_differ_between_positions_and_seeds():
     numbers = np.concatenate([uniform(np.arange(100, dtype=np.uint64), position) for position in range(100)])
     assert len(np.unique(numbers)) == 10_000
-    assert abs(numbers.mean() - 0.5) < 0.01 and 0 <= numbers.min() and numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.01 and numbers.min() >= 0 and numbers.max() < 1
 
 
 def test_unequal_groups_are_refused(engine):

@@ -12,8 +12,8 @@ def check_chain(sample: Sample) -> None:
     """Refuse a chain that would teach something wrong.
 
     Raises:
-        SampleError: ``think_marks`` where the last answer is not one ``◁think▷...◁/think▷`` block followed by an answer;
-            ``wrong_answer`` where what follows does not verify against the sample's ``answer``.
+        SampleError: ``think_marks`` where the last turn is not one ``◁think▷...◁/think▷`` block and then an answer;
+            ``wrong_answer`` where that answer does not verify against the sample's ``answer``.
     """
     last = sample.messages[-1]
     text = "".join(part.get("text", "") for part in last["content"])
