@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def run(cfg: DictConfig) -> float | None:
     cfg.paths.output_dir = str(output_dir)
     if multirun and cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
+    check_init_from(cfg.stage, cfg.init_from, cfg.name)
     validate(cfg)
     check_launch(cfg.stage, cfg.trainer.devices, cfg.trainer.num_nodes, multirun)
-    check_init_from(cfg.stage, cfg.init_from, cfg.name)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     resume = _resume(output_dir, cfg.ckpt_path, config)
     _quiet()
@@ -107,25 +108,26 @@ def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> 
     resume = resume_path(output_dir, ckpt_path, unfinished)
     if resume is None:
         return None
-    if unfinished and resume.parent.parent == output_dir and (key := _difference(before["config"], config)):
-        raise ValueError(
-            f"{output_dir} holds an unfinished run with another {key}; go on with its settings, "
-            f"or remove {resume} to start anew"
-        )
+    if unfinished and resume == output_dir / LAST:
+        # What `module` refers to differs there too: the shortest key is the one that a user types.
+        for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
+            raise ValueError(
+                f"{output_dir} holds an unfinished run with another {key} ({how}); go on with its settings, "
+                f"or remove {resume} to start anew"
+            )
     log.info("going on from %s", resume)
     return resume
 
 
-def _difference(before: Any, after: Any, path: str = "") -> str | None:
-    """The first key in which two configs differ, apart from those that may."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            if path == "" and key in _MAY_DIFFER:
-                continue
-            if found := _difference(before.get(key), after.get(key), f"{path}.{key}".strip(".")):
-                return found
-        return None
-    return None if before == after else f"{path} ({before!r}, now {after!r})"
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The keys in which two configs differ, apart from those that may, and how."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        if before != after:
+            yield path, f"{before!r}, now {after!r}"
+        return
+    for key in sorted(before.keys() | after.keys()):
+        if path or key not in _MAY_DIFFER:
+            yield from _differences(before.get(key), after.get(key), f"{path}.{key}".strip("."))
 
 
 def _floats(trainer: Trainer) -> dict[str, float]:

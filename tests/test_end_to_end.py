@@ -9,6 +9,7 @@ from command import ROOT, history, train
 from safetensors.torch import load_file
 
 MINIATURE = "debug=miniature"
+QUIET = [MINIATURE, "logger=none", "test=false"]
 RL = ["stage=rl", "data.phases=[{epochs: 2, lr: [1e-3, 1e-3]}]", "data.problems=8", "data.responses=4"]
 RL += ["data.updates=2", "trainer.check_val_every_n_epoch=1"]
 
@@ -75,43 +76,54 @@ def test_report_of_nothing_says_what_to_run(tmp_path, capsys):
     assert "python train.py stage=sft" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["sft", "rl"])
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGKILL"])
-def test_resumed_is_uninterrupted(root, tmp_path, stage, signal_name):
+SIX_STEPS = {"sft": ["stage=sft"], "rl": [*RL, "data.updates=3"]}  # epochs of 4 + 2 and of 3 + 3 steps
+
+
+def stop_at(step: int, signal_name: str) -> list[str]:
+    """Overrides that send the run a signal when its step ``step`` begins."""
+    return ["+callbacks.stop._target_=stop_at.StopAt", f"+callbacks.stop={{step: {step}, signal_name: {signal_name}}}"]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    runs = {stage: tmp_path_factory.mktemp(stage) for stage in SIX_STEPS}
+    for stage, run in runs.items():
+        train(*SIX_STEPS[stage], *QUIET, f"paths.root={root}", f"paths.output_dir={run}")
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("stage", "signal_name", "step"),
+    [
+        ("sft", "SIGTERM", 1),
+        ("sft", "SIGINT", 3),  # at the end of an epoch
+        ("sft", "SIGKILL", 3),
+        ("rl", "SIGTERM", 2),  # at the end of an iteration
+        ("rl", "SIGINT", 3),
+        ("rl", "SIGKILL", 5),
+    ],
+)
+def test_resumed_is_uninterrupted(root, uninterrupted, tmp_path, stage, signal_name, step):
     """Stopped in good order (a signal) or killed in the middle of a step, the run goes on bit for bit."""
-    overrides = RL + ["data.updates=3"] if stage == "rl" else ["stage=sft"]
-    overrides += [MINIATURE, f"paths.root={root}", "logger=none", "test=false"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(*overrides, f"paths.output_dir={whole}")
-    stop = [
-        "+callbacks.stop._target_=stop_at.StopAt",
-        "+callbacks.stop.step=3",
-        f"+callbacks.stop.signal_name={signal_name}",
-    ]
-    stopped = train(*overrides, *stop, f"paths.output_dir={cut}", check=False)
+    overrides = [*SIX_STEPS[stage], *QUIET, f"paths.root={root}", f"paths.output_dir={tmp_path}"]
+    stopped = train(*overrides, *stop_at(step, signal_name), check=False)
     if signal_name == "SIGKILL":
         assert stopped.returncode == -9
     else:
         assert stopped.returncode == 130
-        assert "saved after step 4" in stopped.stderr and "ckpt_path=last" in stopped.stderr
+        assert f"saved after step {step + 1}" in stopped.stderr and "ckpt_path=last" in stopped.stderr
         assert "Traceback" not in stopped.stderr
-    train(*overrides, f"paths.output_dir={cut}", "ckpt_path=last")
+    train(*overrides, "ckpt_path=last")
+    whole = uninterrupted[stage]
+    for name in ("train/loss", "rollout/length") if stage == "rl" else ("train/loss",):
+        assert history(tmp_path, name) == history(whole, name)
     assert len(history(whole, "train/loss")) == 6
-    assert history(cut, "train/loss") == history(whole, "train/loss")
-    assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root, tmp_path):
-    overrides = [
-        "stage=sft",
-        MINIATURE,
-        f"paths.root={root}",
-        f"paths.output_dir={tmp_path}",
-        "logger=none",
-        "test=false",
-    ]
-    stop = ["+callbacks.stop._target_=stop_at.StopAt", "+callbacks.stop.step=1", "+callbacks.stop.signal_name=SIGTERM"]
-    train(*overrides, *stop, check=False)
+    overrides = ["stage=sft", *QUIET, f"paths.root={root}", f"paths.output_dir={tmp_path}"]
+    train(*overrides, *stop_at(1, "SIGTERM"), check=False)
     refused = train(*overrides, "optimizer.momentum=0.5", check=False)
     assert refused.returncode == 2 and "another optimizer.momentum (0.95, now 0.5)" in refused.stderr
     train(*overrides)
@@ -130,7 +142,8 @@ def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root,
         (["stage=rl", "init_from=null"], "init_from is null; make it with: python train.py stage=long_cot"),
         (["stage=sft", "ckpt_path=last"], "ckpt_path=last: there is no checkpoint"),
         (["stage=sft", "trainer.devices=2"], "torchrun --nproc_per_node=2 train.py stage=sft"),
-        (["stage=sft", "data.prepare=null", "data.shards=/nowhere/x-*.tar"], "/nowhere/x-*.tar"),
+        (["stage=sft", "data.prepare=null"], "data/digits/tokenizer: there is no such folder"),
+        (["stage=sft", MINIATURE, "data.shards=/nowhere/x-*.tar"], "/nowhere/x-*.tar"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(tmp_path, overrides, message):
@@ -147,7 +160,7 @@ def test_a_foreign_model_is_refused(tmp_path):
 
 
 def test_config_shows_without_data_or_gpu(tmp_path):
-    done = train("stage=rl", "model=kimi_vl_a3b", "trainer=gpu", "--cfg", "job", "--resolve", f"paths.root={tmp_path}")
+    done = train("stage=rl", "model=kimi_vl_a3b", "trainer=gpu", f"paths.root={tmp_path}", "--cfg", "job", "--resolve")
     assert "hidden_size: 2048" in done.stdout and "accelerator: gpu" in done.stdout
     assert not list(tmp_path.iterdir())
 
