@@ -41,7 +41,7 @@ def build_model(
     """The model that a stage trains: from ``init_from`` where given, else fresh with the shapes of ``config``."""
     if init_from is None:
         return KimiVLForConditionalGeneration(config.with_tokenizer(processor.tokenizer))
-    return KimiVLForConditionalGeneration.from_pretrained(init_from)
+    return KimiVLForConditionalGeneration.from_pretrained(init_from).train()
 
 
 def check_init_from(stage: str, init_from: str | None, name: str) -> None:

@@ -137,7 +137,12 @@ def _floats(trainer: Trainer) -> dict[str, float]:
 def _optimized(metrics: dict[str, float], name: str) -> float | None:
     if name in metrics:
         return metrics[name]
-    log.warning("optimized_metric=%s was not measured; there are %s", name, ", ".join(sorted(metrics)))
+    measured = ", ".join(
+        sorted(metric for metric in metrics if "difficulty" not in metric and metric.startswith("val/"))
+    )
+    log.warning(
+        "optimized_metric=%s was not measured in this run; of validation there is: %s", name, measured or "nothing"
+    )
     return None
 
 

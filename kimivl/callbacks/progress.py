@@ -44,12 +44,38 @@ class Progress(ProgressBar):
         self._started, self._first_step = time.perf_counter(), trainer.global_step
         self._total = trainer.datamodule.total_steps  # type: ignore[attr-defined]
         self._every = max(1, int(getattr(trainer, "log_every_n_steps", 1)))
+        if trainer.is_global_zero:
+            self._announce(trainer, pl_module)
         if self.console.is_terminal and trainer.is_global_zero:
             columns = ("[bold]{task.description}", BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
             left = ("left", TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"))
             self._bar = RichProgress(*columns, *left, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self._total, completed=trainer.global_step, figures="")
+
+    def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sizes = [(weight.numel(), weight.requires_grad) for weight in pl_module.parameters()]
+        trained, held = sum(n for n, on in sizes if on), sum(n for n, on in sizes if not on)
+        frozen = f" ({held / 1e6:,.2f}M more are frozen)" if held else ""
+        resumed = f" from step {self._first_step}" if self._first_step else ""
+        self._print(f"{self.label}: {trained / 1e6:,.2f}M parameters train{frozen}, {self._total} steps{resumed}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _describe(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(f"{self.label} validating")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(self.label)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._print(f"{self.label}: answering the test problems")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is not None:
@@ -58,10 +84,8 @@ class Progress(ProgressBar):
             elapsed = time.perf_counter() - self._started
             left = elapsed / (trainer.global_step - self._first_step) * (self._total - trainer.global_step)
             figures = self._figures(trainer, pl_module)
-            self.console.print(
-                f"{self.label} {trainer.global_step}/{self._total}  {elapsed:.0f} s, {left:.0f} s left  {figures}",
-                highlight=False,
-                soft_wrap=True,
+            self._print(
+                f"{self.label} {trainer.global_step}/{self._total}  {elapsed:.0f} s, {left:.0f} s left  {figures}"
             )
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:

@@ -11,6 +11,8 @@ from rich.panel import Panel
 
 from kimivl import tracking
 
+LEVEL = "accuracy_difficulty_"
+
 
 class Samples(Callback):
     """Logs the evaluation's transcripts; those of the test are also shown."""
@@ -43,3 +45,12 @@ class Samples(Callback):
             mark = "[green]right[/]" if transcript.correct else f"[red]wrong[/], expected {transcript.problem.answer}"
             title = escape(transcript.problem.question)
             console.print(Panel(escape(transcript.response), title=title, subtitle=mark, title_align="left"))
+        figures = pl_module.tally.metrics()
+        levels = {name.removeprefix(LEVEL): value for name, value in figures.items() if name.startswith(LEVEL)}
+        sampled = f", sampled {figures['sampled_accuracy']:.3f}" if "sampled_accuracy" in figures else ""
+        console.print(
+            f"{figures['problems']:.0f} problems: accuracy {figures['accuracy']:.3f}{sampled}, "
+            f"{figures['length']:.1f} tokens\n"
+            f"by difficulty: {'  '.join(f'{level}: {value:.2f}' for level, value in levels.items())}",
+            highlight=False,
+        )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import rich.progress
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -83,6 +85,7 @@ class StageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         if self.prepare is not None:
+            log.info("preparing the data")
             self.prepare()
 
     def setup(self, stage: str) -> None:
@@ -96,7 +99,11 @@ class StageDataModule(LightningDataModule):
         self, shards: str | list[str], problems: bool, check: Callable[[Sample], None] | None = None
     ) -> Index:
         """Index a shard set, and say what was dropped."""
-        index = build_index(expand(shards), self.encoder, prompts=problems, check=check, max_dropped=self.max_dropped)
+        paths = expand(shards)
+        track = partial(rich.progress.track, description=f"reading {len(paths)} shards", transient=True)
+        index = build_index(
+            paths, self.encoder, prompts=problems, check=check, max_dropped=self.max_dropped, track=track
+        )
         for reason, count in index.dropped.items():
             log.warning("%d samples of %s dropped: %s", count, shards, reason)
         return index
