@@ -21,6 +21,7 @@ from kimivl.model.tokenizer import load_tokenizer
 
 LAST = Path("checkpoints/last.ckpt")
 MODEL = Path("model")
+_SIZES = [(part, name) for part in ("text_config", "vision_config") for name in ("hidden_size", "num_hidden_layers")]
 _PREVIOUS_STAGE = {"long_cot": "sft", "rl": "long_cot"}
 
 
@@ -38,10 +39,22 @@ def load_processor(folder: str | Path) -> KimiVLProcessor:
 def build_model(
     config: KimiVLConfig, init_from: str | None, processor: KimiVLProcessor
 ) -> KimiVLForConditionalGeneration:
-    """The model that a stage trains: from ``init_from`` where given, else fresh with the shapes of ``config``."""
+    """The model that a stage trains: from ``init_from`` where given, else fresh with the shapes of ``config``.
+
+    Raises:
+        ValueError: when the model in ``init_from`` is of another size than ``config`` says.
+    """
     if init_from is None:
         return KimiVLForConditionalGeneration(config.with_tokenizer(processor.tokenizer))
-    return KimiVLForConditionalGeneration.from_pretrained(init_from).train()
+    model = KimiVLForConditionalGeneration.from_pretrained(init_from).train()
+    for part, name in _SIZES:
+        found, wanted = (getattr(getattr(c, part), name) for c in (model.config, config))
+        if found != wanted:
+            raise ValueError(
+                f"init_from={init_from} has {part}.{name}={found}, but model.{part}.{name} is {wanted}; "
+                "choose the model= that the folder was made with"
+            )
+    return model
 
 
 def check_init_from(stage: str, init_from: str | None, name: str) -> None:
@@ -62,7 +75,10 @@ def check_init_from(stage: str, init_from: str | None, name: str) -> None:
     config = Path(init_from) / "config.json"
     if not config.is_file():
         raise ValueError(f"init_from={init_from}: no model there (config.json is missing); {remedy}")
-    kind = json.loads(config.read_text()).get("model_type")
+    try:
+        kind = json.loads(config.read_text()).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"init_from={init_from}: config.json is not JSON ({error}); {remedy}") from error
     if kind != KimiVLConfig.model_type:
         raise ValueError(f"init_from={init_from}: a {kind!r} model, but kimivl trains {KimiVLConfig.model_type!r}")
 

@@ -20,11 +20,17 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
+RUN_FILE, METRICS_FILE, HISTORY_FILE = "run.json", "metrics.json", "history.jsonl"
+"""What a run leaves in its folder: its configuration and status, its final figures, every logged figure."""
+
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_args_", "_recursive_"}
+
+_PLANNED = {"max_epochs", "max_steps", "max_time", "limit_train_batches", "overfit_batches"}
 
 
 @dataclass
@@ -73,13 +79,16 @@ def compose_run(*overrides: str) -> DictConfig:
 def report_errors() -> Iterator[None]:
     """Say foreseeable errors in one sentence and leave with exit code 2 (an interruption: 130), no traceback.
 
-    A multirun gets the exception itself, so that one failed job does not end the others' process.
+    In a multirun Hydra says it, after the other jobs have run.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, Interrupted) as error:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise CompactHydraException(str(error)) from error
         print(f"\n{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
         sys.exit(130 if isinstance(error, Interrupted) else 2)
 
@@ -93,6 +102,8 @@ def validate(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     if cfg.data.get("phases") is not None and len(cfg.data.phases) == 0:
         raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
+    for key in sorted(_PLANNED & set(cfg.trainer)):
+        raise ValueError(f"trainer.{key}: the length of a run is planned from data.phases; set epochs there")
     # A group that `module` refers to is found there too: the shortest name is the one that a user types.
     for key, problem in sorted(check_targets(cfg), key=lambda mistake: mistake[0].count(".")):
         raise ValueError(f"{key}: {problem}")

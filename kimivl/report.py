@@ -15,9 +15,10 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
+from kimivl.config import HISTORY_FILE, METRICS_FILE
+
 STAGES = {"sft": "Joint SFT", "long_cot": "Long-CoT SFT", "rl": "RL"}
 COLOURS = {"sft": "#9aa5b1", "long_cot": "#3b82c4", "rl": "#d9622b"}
-METRICS_FILE, HISTORY_FILE = "metrics.json", "history.jsonl"
 DRAWN = {
     "rollout/accuracy": "training problems (curriculum)",
     "val/sampled_accuracy": "validation",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from kimivl import tracking
 from kimivl.checkpoint import LAST, MODEL, check_init_from, export_model, resume_path
-from kimivl.config import Interrupted, validate
+from kimivl.config import HISTORY_FILE, METRICS_FILE, Interrupted, validate
 from kimivl.launch import check_launch
 
 log = logging.getLogger(__name__)
 
-_MAY_DIFFER = {"ckpt_path", "callbacks", "logger", "test", "trainer"}
+_MAY_DIFFER = {
+    "ckpt_path",
+    "callbacks",
+    "logger",
+    "test",
+    "trainer.log_every_n_steps",
+    "trainer.check_val_every_n_epoch",
+}
 """Keys that a run may change when it goes on from its own checkpoint."""
 
 
@@ -41,14 +47,16 @@ def run(cfg: DictConfig) -> float | None:
         cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
     check_init_from(cfg.stage, cfg.init_from, cfg.name)
     validate(cfg)
-    check_launch(cfg.stage, cfg.trainer.devices, cfg.trainer.num_nodes, multirun)
+    check_launch(cfg.trainer.devices, cfg.trainer.num_nodes)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     resume = _resume(output_dir, cfg.ckpt_path, config)
     _quiet()
     seed_everything(cfg.seed, verbose=False)
     tracking.write_run(output_dir, "running", config)
-    for file in (tracking.METRICS_FILE, *([] if resume else [tracking.HISTORY_FILE])):
+    for file in (METRICS_FILE, *([] if resume else [HISTORY_FILE])):
         (output_dir / file).unlink(missing_ok=True)  # an earlier run's
+    if resume is None:
+        (output_dir / LAST).unlink(missing_ok=True)
     loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
     status = "failed"
     try:
@@ -80,19 +88,21 @@ def _fit_and_hand_over(
         _convert_="all",
     )
     tracking.log_config(loggers, config)
-    started = time.perf_counter()
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
-    seconds = time.perf_counter() - started
-    metrics = _floats(trainer)
     trainer.save_checkpoint(output_dir / LAST)
+    metrics = _floats(trainer)
+    every = trainer.check_val_every_n_epoch
+    if datamodule.held_out["val"] and (cfg.optimized_metric not in metrics or every and trainer.current_epoch % every):
+        trainer.validate(module, datamodule, verbose=False)  # the fit did not end with a validation
+        metrics |= _floats(trainer)
     if trainer.is_global_zero:
         export_model(module.model, datamodule.processor, output_dir / MODEL)
     if cfg.test:
         trainer.test(module, datamodule, verbose=False)
         metrics |= _floats(trainer)
-    metrics["seconds"] = seconds
+    metrics["seconds"] = module.train_seconds
     if trainer.is_global_zero:
-        print(f"\n{cfg.stage}: model in {output_dir / MODEL}, {seconds:.0f} s of training")
+        print(f"\n{cfg.stage}: model in {output_dir / MODEL}, {module.train_seconds:.0f} s of training")
     return metrics
 
 
@@ -126,8 +136,9 @@ def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str,
             yield path, f"{before!r}, now {after!r}"
         return
     for key in sorted(before.keys() | after.keys()):
-        if path or key not in _MAY_DIFFER:
-            yield from _differences(before.get(key), after.get(key), f"{path}.{key}".strip("."))
+        inner = f"{path}.{key}".strip(".")
+        if inner not in _MAY_DIFFER:
+            yield from _differences(before.get(key), after.get(key), inner)
 
 
 def _floats(trainer: Trainer) -> dict[str, float]:

@@ -14,10 +14,9 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
+
 log = logging.getLogger(__name__)
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.json"
-HISTORY_FILE = "history.jsonl"
 
 
 def run_id(output_dir: str | Path) -> str:

@@ -1,6 +1,7 @@
 """The three stages in miniature, through ``train.py`` as a user types it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         ("sft", "SIGKILL", 3),
         ("rl", "SIGTERM", 2),  # at the end of an iteration
         ("rl", "SIGINT", 3),
-        ("rl", "SIGKILL", 5),
+        ("rl", "SIGKILL", 4),  # at the last periodic checkpoint but one
     ],
 )
 def test_resumed_is_uninterrupted(root, uninterrupted, tmp_path, stage, signal_name, step):
@@ -119,6 +120,56 @@ def test_resumed_is_uninterrupted(root, uninterrupted, tmp_path, stage, signal_n
         assert history(tmp_path, name) == history(whole, name)
     assert len(history(whole, "train/loss")) == 6
     assert (tmp_path / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_killed_right_after_the_checkpoint_of_an_epochs_end(root, uninterrupted, tmp_path):
+    """Lightning leaves hooks out after such a checkpoint: the optimiser must be reset all the same."""
+    every_iteration = "callbacks.checkpoint.every_n_train_steps=3"
+    overrides = [*SIX_STEPS["rl"], *QUIET, every_iteration, f"paths.root={root}", f"paths.output_dir={tmp_path}"]
+    train(*overrides, *stop_at(4, "SIGKILL"), check=False)
+    train(*overrides)
+    for name in ("train/loss", "rollout/length"):
+        assert history(tmp_path, name) == history(uninterrupted["rl"], name)
+
+
+def test_a_finished_run_typed_again_starts_anew(root, tmp_path):
+    overrides = ["stage=sft", *QUIET, f"paths.root={root}", f"paths.output_dir={tmp_path}"]
+    train(*overrides)
+    changed = [*overrides, "optimizer.momentum=0.9", "callbacks.checkpoint.every_n_train_steps=100"]
+    train(*changed, *stop_at(1, "SIGKILL"), check=False)
+    train(*changed)
+    assert sorted(history(tmp_path, "train/loss")) == list(range(6))
+
+
+def test_a_checkpoint_does_not_go_on_with_steps_cut_otherwise(root, tmp_path):
+    overrides = ["stage=sft", *QUIET, f"paths.root={root}"]
+    train(*overrides, *stop_at(1, "SIGTERM"), f"paths.output_dir={tmp_path / 'a'}", check=False)
+    checkpoint = tmp_path / "a/checkpoints/last.ckpt"
+    refused = train(*overrides, f"ckpt_path={checkpoint}", "trainer.accumulate_grad_batches=2",
+                    f"paths.output_dir={tmp_path / 'b'}", check=False)  # fmt: skip
+    assert refused.returncode == 2 and "the checkpoint was made on other data" in refused.stderr
+
+
+@pytest.mark.parametrize("damage", ["image", "truncated"])
+def test_a_damaged_shard_is_named_and_counted(root, tmp_path, damage):
+    source = root / "data/miniature/digits"
+    shutil.copytree(source, tmp_path / "digits")
+    shard = tmp_path / "digits/sft-000000.tar"
+    content = shard.read_bytes()
+    if damage == "image":
+        start = content.index(b"\x89PNG") + 60
+        content = content[:start] + b"\0" * 20 + content[start + 20 :]
+    else:
+        content = content[: len(content) * 9 // 10]
+    shard.write_bytes(content)
+    overrides = ["stage=sft", *QUIET, "data.prepare=null", f"paths.root={root}", f"paths.output_dir={tmp_path / 'run'}"]
+    overrides += [f"paths.data={tmp_path}"]
+    refused = train(*overrides, "data.max_dropped=0.001", check=False)
+    assert refused.returncode == 2 and "data.max_dropped" in refused.stderr and "Traceback" not in refused.stderr
+    accepted = train(*overrides, "data.max_dropped=0.2", "trainer.accumulate_grad_batches=2")
+    reason = "bad_image" if damage == "image" else "truncated_shard"
+    assert "sft-000000.tar" in accepted.stdout and reason in accepted.stdout
+    assert history(tmp_path / "run", f"data/dropped/{reason}") == {0: 1}
 
 
 def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root, tmp_path):
@@ -141,7 +192,10 @@ def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root,
         (["stage=rl"], "no model there (config.json is missing); make it with: python train.py stage=long_cot"),
         (["stage=rl", "init_from=null"], "init_from is null; make it with: python train.py stage=long_cot"),
         (["stage=sft", "ckpt_path=last"], "ckpt_path=last: there is no checkpoint"),
-        (["stage=sft", "trainer.devices=2"], "torchrun --nproc_per_node=2 train.py stage=sft"),
+        (["stage=sft", "+trainer.max_steps=5"], "trainer.max_steps: the length of a run is planned from data.phases"),
+        (["stage=sft", MINIATURE, "data.phases=[{epoch: 1, lr: [1, 1]}]"], "a phase takes epochs, lr, max_length"),
+        (["stage=rl", "-m"], "make it with: python train.py stage=long_cot"),
+        (["stage=sft", "trainer.devices=2"], "a run trains on one device for now"),
         (["stage=sft", "data.prepare=null"], "data/digits/tokenizer: there is no such folder"),
         (["stage=sft", MINIATURE, "data.shards=/nowhere/x-*.tar"], "/nowhere/x-*.tar"),
     ],

@@ -37,6 +37,7 @@ ROOMS_OF = {
 NEVER = {
     "kimivl.data": {"kimivl.model", "kimivl.stages"},
     "kimivl.rl": {"kimivl.model", "kimivl.stages"},
+    "kimivl.tasks": {"kimivl.stages", "kimivl.run", "kimivl.callbacks"},
 }
 
 

@@ -41,19 +41,22 @@ class Preemption(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         between_steps = trainer.fit_loop._should_accumulate()
         if not between_steps and self._any_rank(trainer):
-            trainer.save_checkpoint(self.path)
-            self._saved_step = trainer.global_step
+            self._save(trainer)
 
-    # The step's figures are logged after on_train_batch_end: the run leaves at whichever hook comes next.
+    # The run leaves after the step's figures are logged and, at the end of an epoch, after its validation: an epoch
+    # that was saved before it would not be validated by the run that goes on.
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         self._leave_if_saved()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_if_saved()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_if_saved()
+        if self._any_rank(trainer):
+            self._save(trainer)
+            self._leave_if_saved()
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved_step = trainer.global_step
 
     def _leave_if_saved(self) -> None:
         if self._saved_step is not None:
@@ -64,6 +67,9 @@ class Preemption(Callback):
         return bool(trainer.strategy.reduce(flag, reduce_op="max"))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._any_rank(trainer):  # it came during the last validation
+            self._save(trainer)
+            self._leave_if_saved()
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -80,13 +80,17 @@ class Progress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, figures=self._figures(trainer, pl_module))
-        elif trainer.is_global_zero and trainer.global_step % self._every == 0:
+        elif self._logs_now(trainer):
             elapsed = time.perf_counter() - self._started
             left = elapsed / (trainer.global_step - self._first_step) * (self._total - trainer.global_step)
             figures = self._figures(trainer, pl_module)
             self._print(
                 f"{self.label} {trainer.global_step}/{self._total}  {elapsed:.0f} s, {left:.0f} s left  {figures}"
             )
+
+    def _logs_now(self, trainer: Trainer) -> bool:
+        stepped = not trainer.fit_loop._should_accumulate()
+        return trainer.is_global_zero and stepped and trainer.global_step % self._every == 0
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:
         metrics = self.get_metrics(trainer, pl_module)

@@ -60,9 +60,10 @@ class SampleEncoder:
 
     def encode(self, sample: Sample, shard: str | None = None) -> EncodedSample:
         """The whole chat, supervised on the assistant's answers."""
-        if not any(message["role"] == "assistant" for message in sample.messages):
+        encoded = self._encode(sample, sample.messages, shard, generate=False)
+        if encoded.num_targets == 0:
             raise SampleError("empty_answer", sample.key, shard, "the chat has no assistant turn to learn from")
-        return self._encode(sample, sample.messages, shard, generate=False)
+        return encoded
 
     def encode_prompt(self, sample: Sample, shard: str | None = None) -> EncodedSample:
         """The chat up to the assistant's last turn, opened for it; nothing is supervised."""
@@ -72,7 +73,7 @@ class SampleEncoder:
         return self._encode(sample, messages, shard, generate=True)
 
     def _encode(self, sample: Sample, messages: list[dict], shard: str | None, generate: bool) -> EncodedSample:
-        pictures = [self.image_processor.patches(decode_image(image, sample.key, shard)) for image in sample.images]
+        pictures = [self._patches(image, sample.key, shard) for image in sample.images]
         image_tokens = iter([height * width // 4 for _, (height, width) in pictures])
         ids: list[int] = []
         labels: list[int] = []
@@ -96,6 +97,13 @@ class SampleEncoder:
             pixel_values=_concatenate([patches for patches, _ in pictures]),
             image_grid_hws=torch.tensor([grid for _, grid in pictures], dtype=torch.int64).reshape(-1, 2),
         )
+
+    def _patches(self, image: bytes, key: str, shard: str | None) -> tuple[Tensor, tuple[int, int]]:
+        picture = decode_image(image, key, shard)
+        try:
+            return self.image_processor.patches(picture)
+        except ValueError as error:  # too many patches on a side
+            raise SampleError("bad_image", key, shard, str(error)) from error
 
     def _content(
         self, message: dict, earlier: bool, image_tokens: Any, key: str, shard: str | None

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -57,7 +57,10 @@ class Index:
     def read(self, number: int) -> Sample:
         """Read sample ``number`` by one byte range."""
         shard = self.shards[self.shard[number]]
-        return read_sample(shard, int(self.offset[number]), int(self.size[number]))
+        sample = read_sample(shard, int(self.offset[number]), int(self.size[number]))
+        if sample.key != self.key[number]:
+            raise SampleError("bad_shard", str(self.key[number]), str(shard), "the shard changed since it was indexed")
+        return sample
 
 
 class _Columns:
@@ -112,7 +115,9 @@ def build_index(
     check_name = "" if check is None else check.__qualname__
     path = shards[0].parent / f".index-{_fingerprint(shards, encoder, prompts, check_name)}.npz"
     if path.exists():
-        return _load(path, shards)
+        index = _load(path, shards)
+        _refuse_if_damaged(index.dropped, len(index), shards, max_dropped)
+        return index
     columns = _Columns()
     for number, shard in enumerate(track(shards)):
         for record in scan_shard(shard, columns.drop):
@@ -127,7 +132,7 @@ def build_index(
             place = (sample.key, number, record.offset, record.size)
             counts = (len(encoded), len(encoded.pixel_values), encoded.num_targets)
             columns.rows.append((*place, *counts, -1 if sample.difficulty is None else sample.difficulty))
-    _refuse_if_damaged(columns, shards, max_dropped)
+    _refuse_if_damaged(columns.dropped, len(columns.rows), shards, max_dropped)
     index = columns.index(shards)
     _save(path, index)
     return index
@@ -141,10 +146,10 @@ def _encode(sample: Sample, encoder: SampleEncoder, prompts: bool, shard: Path) 
     return encoder.encode_prompt(sample, str(shard))
 
 
-def _refuse_if_damaged(columns: _Columns, shards: list[Path], max_dropped: float) -> None:
-    dropped, kept = sum(columns.dropped.values()), len(columns.rows)
+def _refuse_if_damaged(faults: Mapping[str, int], kept: int, shards: list[Path], max_dropped: float) -> None:
+    dropped = sum(faults.values())
     if kept == 0 or dropped > max_dropped * (dropped + kept):
-        reasons = ", ".join(f"{reason} {count}" for reason, count in columns.dropped.most_common())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in faults.items())
         raise ValueError(
             f"{dropped} of {dropped + kept} samples in {shards[0].parent} cannot be used ({reasons or 'no samples'}); "
             f"mend the shards, or raise data.max_dropped above {max_dropped} to train without them"
@@ -162,8 +167,11 @@ def _fingerprint(shards: list[Path], encoder: SampleEncoder, prompts: bool, chec
 def _save(path: Path, index: Index) -> None:
     columns = {field.name: getattr(index, field.name) for field in fields(Index) if field.name != "shards"}
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    np.savez(temporary, **columns)
-    temporary.replace(path)
+    try:
+        np.savez(temporary, **columns)
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("the index is not kept, and the next run will make it again: %s", error)
 
 
 def _load(path: Path, shards: list[Path]) -> Index:

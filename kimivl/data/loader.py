@@ -10,6 +10,7 @@ from kimivl.data.chat import SampleEncoder
 from kimivl.data.index import Index
 from kimivl.data.pack import PackedBatch, pack_samples
 from kimivl.data.plan import Plan
+from kimivl.data.sample import SampleError
 
 
 class _Packs(Dataset[PackedBatch]):
@@ -19,10 +20,13 @@ class _Packs(Dataset[PackedBatch]):
         self.plan, self.index, self.encoder = plan, index, encoder
 
     def __getitem__(self, number: int) -> PackedBatch:
-        encoded = [
-            self.encoder.encode(self.index.read(sample), str(self.index.shards[self.index.shard[sample]]))
-            for sample in self.plan.pack(number)
-        ]
+        try:
+            encoded = [
+                self.encoder.encode(self.index.read(sample), str(self.index.shards[self.index.shard[sample]]))
+                for sample in self.plan.pack(number)
+            ]
+        except SampleError as fault:  # an exception of several arguments does not survive the way out of a worker
+            raise ValueError(str(fault)) from fault
         step = number // self.plan.packs_per_step
         return pack_samples(encoded, step_targets=int(self.plan.step_targets[step]))
 

@@ -48,7 +48,6 @@ class PackedBatch:
 
         input_ids    a  b  c | d  e
         targets      b  c  . | e  .      targets[t] is the token that position t predicts; . is IGNORE
-        position_ids 0  1  2 | 0  1
         cu_seqlens   0, 3, 5             (S + 1,) int32: segment s is [cu_seqlens[s], cu_seqlens[s + 1])
 
     ``step_targets`` is the number of supervised tokens of the whole optimiser step, over all ranks and
@@ -57,7 +56,6 @@ class PackedBatch:
 
     input_ids: Tensor
     targets: Tensor
-    position_ids: Tensor
     cu_seqlens: Tensor
     pixel_values: Tensor
     image_grid_hws: Tensor
@@ -109,7 +107,6 @@ def pack_samples(samples: Sequence[EncodedSample], step_targets: int | None = No
     return PackedBatch(
         input_ids=torch.cat([sample.input_ids for sample in samples]),
         targets=torch.cat(targets),
-        position_ids=torch.cat([torch.arange(int(length)) for length in lengths]),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
         pixel_values=torch.cat([sample.pixel_values for sample in samples]),
         image_grid_hws=torch.cat([sample.image_grid_hws for sample in samples]),

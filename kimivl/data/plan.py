@@ -21,14 +21,15 @@ class Plan:
     """Packs of one epoch as CSR arrays: pack ``p`` holds ``samples[starts[p]:starts[p + 1]]``.
 
     ``step_targets`` has the supervised tokens of each optimiser step; step ``s`` takes the packs
-    ``[s * packs_per_step, (s + 1) * packs_per_step)``. ``too_long`` are the samples that fit into no pack.
+    ``[s * packs_per_step, (s + 1) * packs_per_step)``. ``dropped`` counts, by reason, what fits into no pack:
+    ``too_long`` (tokens) and ``too_many_patches``.
     """
 
     samples: np.ndarray
     starts: np.ndarray
     step_targets: np.ndarray
     packs_per_step: int
-    too_long: np.ndarray
+    dropped: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -43,7 +44,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """Identity of the plan; a checkpoint carries it, and a resume on other data is refused."""
-        digest = hashlib.sha256(self.samples.tobytes() + self.starts.tobytes())
+        digest = hashlib.sha256(self.samples.tobytes() + self.starts.tobytes() + b"%d" % self.packs_per_step)
         return digest.hexdigest()[:16]
 
 
@@ -71,9 +72,15 @@ def plan_epoch(
         max_length: tokens of a pack. max_patches: image patches of a pack.
 
     Raises:
-        ValueError: when fewer samples fit than one step has packs.
+        ValueError: when no sample fits, or fewer than one step has packs.
     """
-    fits = (tokens <= max_length) & (patches <= max_patches)
+    short, light = tokens <= max_length, patches <= max_patches
+    fits = short & light
+    if not fits.any():
+        raise ValueError(
+            f"none of {len(tokens)} samples fits into a pack of {max_length} tokens and {max_patches} image patches; "
+            "raise max_length or max_patches in data.phases"
+        )
     order = np.random.default_rng([seed, epoch]).permutation(np.flatnonzero(fits))
     packs = _best_fit(order, tokens, patches, max_length, max_patches)
     packs = _split_to_multiple(packs, packs_per_step)
@@ -86,7 +93,7 @@ def plan_epoch(
         starts=np.concatenate([[0], np.cumsum([len(pack) for pack in packs])]),
         step_targets=pack_targets.reshape(-1, packs_per_step).sum(1),
         packs_per_step=packs_per_step,
-        too_long=np.flatnonzero(~fits),
+        dropped={"too_long": int((~short).sum()), "too_many_patches": int((short & ~light).sum())},
     )
 
 

@@ -12,6 +12,7 @@ A problem for reinforcement learning has no assistant turn.
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,12 @@ class _Fault(Exception):
         super().__init__(detail)
 
 
+MAX_DIFFICULTY = 32_767
+"""What a 16-bit column of the index holds."""
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A chat with its images.
@@ -85,8 +92,8 @@ def parse_sample(key: str, members: dict[str, bytes], shard: str | None = None) 
         answer, difficulty = fields.get("answer"), fields.get("difficulty")
         if answer is not None and (not isinstance(answer, str) or not answer.strip()):
             raise _Fault("empty_answer", f"'answer' must be a non-empty string, not {answer!r}")
-        if difficulty is not None and type(difficulty) is not int:
-            raise _Fault("bad_json", f"'difficulty' must be an integer, not {difficulty!r}")
+        if difficulty is not None and (type(difficulty) is not int or not 0 <= difficulty <= MAX_DIFFICULTY):
+            raise _Fault("bad_json", f"'difficulty' must be an integer from 0 to {MAX_DIFFICULTY}, not {difficulty!r}")
         source, task = (_text_field(fields, name) for name in ("source", "task"))
     except _Fault as fault:
         raise SampleError(fault.reason, key, shard, fault.detail) from fault
@@ -131,6 +138,8 @@ def _part(part: Any) -> dict[str, str]:
     if kind == "image":
         return {"type": "image"}
     if kind == "text" and isinstance(part.get("text"), str):
+        if _SURROGATE.search(part["text"]):
+            raise _Fault("bad_json", "the text has a lone surrogate (half of a character)")
         return {"type": "text", "text": part["text"]}
     raise _Fault("bad_json", f"a part is {{type: image}} or {{type: text, text: ...}}, got {part!r:.120}")
 

@@ -65,7 +65,7 @@ class MuonAdamW(Optimizer):
 
         optimizer = MuonAdamW(model.named_parameters(), lr=2e-5)
         optimizer.param_groups    # [{muon, lr 2e-5}, {adamw, lr 2e-5 * adamw_lr_ratio}], for any LR scheduler
-        optimizer.reset_state()   # as if newly made: what RL does at the start of each iteration
+        reset_state(optimizer)    # as if newly made: what RL does at the start of each iteration
 
     Args:
         named_parameters: ``model.named_parameters()``; the parameters must be contiguous.
@@ -132,10 +132,6 @@ class MuonAdamW(Optimizer):
         self._step_muon(muon)
         self._step_adamw(rest)
         return loss
-
-    def reset_state(self) -> None:
-        """Make momenta and step counts those of a new optimiser, in place (``stage=rl``, each iteration)."""
-        reset_state(self)
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

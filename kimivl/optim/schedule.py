@@ -58,10 +58,6 @@ class PhaseSchedule:
             raise ValueError(f"warmup={warmup}: give a fraction of the phase, at least 0 and below 1")
         self.phases = [_phase(index, phase, warmup) for index, phase in enumerate(phases)]
 
-    @property
-    def total_steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
-
     def lr_at(self, step: int) -> float:
         """The learning rate of update ``step`` (the first is 0)."""
         if step < 0:

@@ -68,7 +68,6 @@ def collect(
         tokens=torch.tensor([token for response in flat for token in response.tokens]),
         starts=torch.tensor([0, *np.cumsum([len(response) for response in flat])]),
         correct=torch.cat([score.correct for score in scores]),
-        reward=rewards.flatten(),
         advantage=mean_baseline(rewards).flatten(),
         ref_logp=torch.zeros(len(flat)),
     )

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kimivl.data.chat import THINK_CLOSE
 from kimivl.rl.types import Response
 
-THINK_CLOSE = "◁/think▷"
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 Verifier = Callable[[str, str], bool]

@@ -60,14 +60,11 @@ class _Rows:
 
     slot: Tensor
     mask: Tensor
-    position: Tensor
     token: Tensor
     seeds: np.ndarray
 
     def keep(self, rows: Tensor) -> _Rows:
-        return _Rows(
-            self.slot[rows], self.mask[rows], self.position[rows], self.token[rows], self.seeds[rows.cpu().numpy()]
-        )
+        return _Rows(self.slot[rows], self.mask[rows], self.token[rows], self.seeds[rows.cpu().numpy()])
 
 
 class HFRolloutEngine:
@@ -139,7 +136,7 @@ class HFRolloutEngine:
             logits, mask = (tensor.repeat_interleave(group, 0) for tensor in (logits, mask))
         drawn: list[list[int]] = [[] for _ in seeds]
         slot = torch.arange(len(seeds), device=mask.device)
-        rows = _Rows(slot, mask, mask.sum(1), torch.zeros_like(slot), np.array(seeds, np.uint64))
+        rows = _Rows(slot, mask, torch.zeros_like(slot), np.array(seeds, np.uint64))
         running = torch.ones(len(seeds), dtype=torch.bool, device=mask.device)
         for position in range(sampling.max_new_tokens):
             logits[:, self.never] = float("-inf")
@@ -171,7 +168,6 @@ class HFRolloutEngine:
         output = self.model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(device),
             pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
             image_grid_hws=torch.cat([prompt.image_grid_hws for prompt in prompts]).to(device),
             use_cache=True,
@@ -185,9 +181,7 @@ class HFRolloutEngine:
         output = self.model(
             input_ids=rows.token[:, None],
             attention_mask=rows.mask,
-            position_ids=rows.position[:, None],
             past_key_values=cache,
             use_cache=True,
         )
-        rows.position = rows.position + 1
         return output.logits[:, -1]

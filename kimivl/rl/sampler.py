@@ -66,7 +66,7 @@ class CurriculumSampler:
         if len(opened) < count:
             opened = np.argsort(self.difficulty, kind="stable")[:count]
         weight = np.maximum(1 - self.success_rate()[opened], self.floor)
-        generator = np.random.default_rng([self.seed, iteration])
+        generator = np.random.default_rng([self.seed, iteration, 1])
         return generator.choice(opened, size=count, replace=False, p=weight / weight.sum())
 
     def update(self, problems: np.ndarray, success: np.ndarray) -> None:

@@ -20,7 +20,6 @@ class Problem:
     question: str
     answer: str
     difficulty: int
-    task: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,8 @@ class Experience:
     """One iteration's responses with their scores, as tensors and numbers only, so that a checkpoint can hold it.
 
     ``problem (R,)`` index numbers; ``tokens`` and ``starts`` (R + 1,) the responses end to end; ``correct (R,)`` 0/1;
-    ``reward (R,)`` with the length reward; ``advantage (R,)``; ``ref_logp (R,)`` summed log-probability of each
-    response under the policy that wrote it (the reference of the iteration).
+    ``advantage (R,)``; ``ref_logp (R,)`` summed log-probability of each response under the policy that wrote it (the
+    reference of the iteration).
     """
 
     iteration: int
@@ -57,7 +56,6 @@ class Experience:
     tokens: Tensor
     starts: Tensor
     correct: Tensor
-    reward: Tensor
     advantage: Tensor
     ref_logp: Tensor
 

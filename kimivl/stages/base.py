@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class StageModule(LightningModule):
         self.init_from = init_from
         self.freeze_parts = freeze
         self.tally = Tally()
+        self._train_started = self._seconds_before = 0.0
 
     @property
     def datamodule(self) -> Any:
@@ -95,9 +97,32 @@ class StageModule(LightningModule):
         """
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / count)
 
-    def sequence_log_probs(self, pack: PackedBatch) -> Tensor:
-        """(S,) log-probability of each segment's supervised tokens, summed."""
-        return pack.sum_by_segment(self.model.target_log_probs(**pack.model_inputs()))
+    def sequence_log_probs(self, pack: PackedBatch, temperature: float = 1.0) -> Tensor:
+        """(S,) log-probability of each segment's supervised tokens at ``temperature``, summed."""
+        return pack.sum_by_segment(self.model.target_log_probs(**pack.model_inputs(), temperature=temperature))
+
+    # The time of training, over all the processes that a run was interrupted into.
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds from the start of training to now or to its end, with rollouts and validation."""
+        running = time.perf_counter() - self._train_started if self._train_started else 0.0
+        return self._seconds_before + running
+
+    def on_train_start(self) -> None:
+        self._train_started = time.perf_counter()
+        for logger in self.loggers:
+            dropped = {f"data/dropped/{reason}": count for reason, count in self.datamodule.dropped.items()}
+            logger.log_metrics(dropped, step=self.global_step)
+
+    def on_train_end(self) -> None:
+        self._seconds_before, self._train_started = self.train_seconds, 0.0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["train_seconds"] = self.train_seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._seconds_before = checkpoint["train_seconds"]
 
     # Evaluation: the same code in all stages, in `validate` during training and in `test` at its end.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -27,16 +27,26 @@ EVALUATION_BATCH = 128
 class Phase:
     """A stretch of training: ``epochs`` epochs, the learning rate from ``lr[0]`` to ``lr[1]`` by cosine.
 
-    ``max_length`` is the length of a pack in tokens (SFT stages).
+    ``max_length`` is the length of a pack in tokens, ``max_patches`` its limit of image patches (SFT stages).
     """
 
     epochs: int
     lr: Sequence[float]
     max_length: int | None = None
+    max_patches: int | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or len(self.lr) != 2:
             raise ValueError(f"data.phases: a phase needs epochs >= 1 and lr: [start, end], not {asdict(self)}")
+
+
+def _phase(settings: dict[str, Any]) -> Phase:
+    known = [field.name for field in fields(Phase)]
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"data.phases: a phase takes {', '.join(known)}, not {unknown[0]}")
+    if missing := sorted({"epochs", "lr"} - settings.keys()):
+        raise ValueError(f"data.phases: a phase needs {missing[0]}")
+    return Phase(**settings)
 
 
 class StageDataModule(LightningDataModule):
@@ -48,12 +58,10 @@ class StageDataModule(LightningDataModule):
         phases: the schedule, read by the loader and by the learning rate.
         prepare: called once before anything is read; a task that makes its own data puts it there.
         max_dropped: share of unusable samples above which a shard set is refused.
-        num_workers: processes that read and decode while the model trains.
         seed: of the order of the data.
     """
 
     trains_on_problems = False
-    sample_check: Callable[[Sample], None] | None = None
 
     def __init__(
         self,
@@ -64,17 +72,15 @@ class StageDataModule(LightningDataModule):
         phases: Sequence[dict[str, Any]],
         prepare: Callable[[], Any] | None = None,
         max_dropped: float = 0.01,
-        num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.processor_folder = processor
         self.shards = shards
         self.held_out = {"val": val_shards, "test": test_shards}
-        self.phases = [Phase(**phase) for phase in phases]
+        self.phases = [_phase(phase) for phase in phases]
         self.prepare = prepare
         self.max_dropped = max_dropped
-        self.num_workers = num_workers
         self.seed = seed
         self._problems: dict[str, list[Problem]] = {}
 
@@ -95,6 +101,9 @@ class StageDataModule(LightningDataModule):
         self.encoder = SampleEncoder(self.processor.tokenizer, self.processor.image_processor)
         self.index = self.make_index(self.shards, self.trains_on_problems, self.sample_check)
 
+    def sample_check(self, sample: Sample) -> None:
+        """A stage's own test of each training sample; raises ``SampleError`` to drop it."""
+
     def make_index(
         self, shards: str | list[str], problems: bool, check: Callable[[Sample], None] | None = None
     ) -> Index:
@@ -107,6 +116,11 @@ class StageDataModule(LightningDataModule):
         for reason, count in index.dropped.items():
             log.warning("%d samples of %s dropped: %s", count, shards, reason)
         return index
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Training samples left out, by reason; logged as ``data/dropped/<reason>``."""
+        return dict(self.index.dropped)
 
     def phase_of(self, epoch: int) -> Phase:
         """The phase that an epoch of the run belongs to."""
@@ -135,7 +149,6 @@ class StageDataModule(LightningDataModule):
             question=" ".join("[image]" if part["type"] == "image" else part["text"] for part in parts),
             answer=str(sample.answer),
             difficulty=int(index.difficulty[number]),
-            task=sample.task,
         )
 
     def _held_out_loader(self, split: str) -> Any:

@@ -27,6 +27,8 @@ class Tally:
         self.sums: dict[str, float] = defaultdict(float)
         self.by_difficulty: dict[int, list[int]] = defaultdict(lambda: [0, 0])
         self.transcripts: list[Transcript] = []
+        self._examples: list[Transcript] = []
+        self._spare: list[Transcript] = []
 
     def add(self, difficulty: int, greedy: Response, greedy_correct: bool, described: dict[str, float]) -> None:
         self.sums["problems"] += 1
@@ -45,10 +47,12 @@ class Tally:
         self.sums["sampled_length"] += len(response)
 
     def keep(self, transcript: Transcript, limit: int) -> None:
-        """Keep an example of a difficulty that has none yet, up to ``limit``."""
-        seen = {kept.problem.difficulty for kept in self.transcripts}
-        if len(self.transcripts) < limit and transcript.problem.difficulty not in seen:
-            self.transcripts.append(transcript)
+        """Keep up to ``limit`` examples, of different difficulties where there are as many."""
+        seen = {kept.problem.difficulty for kept in self._examples}
+        place = self._spare if transcript.problem.difficulty in seen else self._examples
+        if len(place) < limit:
+            place.append(transcript)
+        self.transcripts = (self._examples + self._spare)[:limit]
 
     def metrics(self) -> dict[str, float]:
         """Figures by name; lengths in tokens, ``finished`` the share that ended before the cap."""

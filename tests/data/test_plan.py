@@ -48,11 +48,20 @@ def test_the_plan_is_a_function_of_seed_and_epoch():
     assert len({make()[1].hash, make(seed=1)[1].hash, make(epoch=1)[1].hash}) == 3
 
 
-def test_too_long_samples_are_left_out_and_said():
-    tokens = np.array([600, 20, 30])
-    plan = plan_epoch(tokens, tokens * 0, tokens, max_length=512, max_patches=10, packs_per_step=1, seed=0, epoch=0)
-    assert plan.too_long.tolist() == [0]
-    assert sorted(plan.samples.tolist()) == [1, 2]
+def test_what_fits_into_no_pack_is_left_out_and_counted():
+    tokens, patches = np.array([600, 20, 30, 40]), np.array([0, 11, 4, 0])
+    options = {"max_length": 512, "max_patches": 10, "packs_per_step": 1, "seed": 0, "epoch": 0}
+    plan = plan_epoch(tokens, patches, tokens, **options)
+    assert plan.dropped == {"too_long": 1, "too_many_patches": 1}
+    assert sorted(plan.samples.tolist()) == [2, 3]
+    with pytest.raises(ValueError, match="none of 4 samples fits.*data.phases"):
+        plan_epoch(tokens, patches, tokens, **(options | {"max_length": 10}))
+
+
+def test_packs_dealt_otherwise_are_another_plan():
+    """As many packs, in steps of one or of two: a checkpoint of one must not go on in the other."""
+    plans = [make(packs_per_step=count)[1] for count in (1, 2)]
+    assert len(plans[0]) == len(plans[1]) and plans[0].hash != plans[1].hash
 
 
 def test_too_few_samples_for_a_step_is_an_error():

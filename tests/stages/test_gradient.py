@@ -59,11 +59,11 @@ RESET = [
 
 @pytest.mark.parametrize(("reset", "fresh"), [(True, [True, False, True, False]), (False, [True, False, False, False])])
 def test_the_optimiser_is_reset_each_rl_iteration(fit, reset, fresh):
-    """Seen at the start of each update of two iterations: have the momenta been forgotten?"""
+    """Seen before each update of two iterations: have the momenta been forgotten?"""
     seen: list[bool] = []
 
     class Look(Callback):
-        def on_train_batch_start(self, trainer, *args) -> None:
+        def on_after_backward(self, trainer, *args) -> None:
             states = trainer.optimizers[0].state.values()
             momenta = [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
             seen.append(not any(bool(momentum.any()) for momentum in momenta))

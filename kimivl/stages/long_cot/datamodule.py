@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kimivl.data.chat import THINK_CLOSE, THINK_OPEN
 from kimivl.data.sample import Sample, SampleError
-from kimivl.rl.rewards import boxed
+from kimivl.rl.rewards import Verifier, boxed
 from kimivl.stages.sft.datamodule import SFTDataModule
 
 
-def check_chain(sample: Sample) -> None:
+def check_chain(sample: Sample, verifier: Verifier = boxed) -> None:
     """Refuse a chain that would teach something wrong.
 
     Raises:
@@ -22,13 +24,22 @@ def check_chain(sample: Sample) -> None:
         raise SampleError(
             "think_marks", sample.key, None, f"the answer must be one {THINK_OPEN}...{THINK_CLOSE} and then the answer"
         )
-    if sample.answer is not None and not boxed(answer, sample.answer):
+    if sample.answer is not None and not verifier(answer, sample.answer):
         raise SampleError(
             "wrong_answer", sample.key, None, f"the chain answers {answer!r}, but `answer` is {sample.answer!r}"
         )
 
 
 class LongCoTDataModule(SFTDataModule):
-    """The packs of stage 1 over chains that pass ``check_chain``; what fails is dropped and counted, never cut."""
+    """The packs of stage 1 over chains that pass ``check_chain``; what fails is dropped and counted, never cut.
 
-    sample_check = staticmethod(check_chain)
+    Args:
+        verifier: judges the text after the thinking against the sample's ``answer``.
+    """
+
+    def __init__(self, verifier: Verifier = boxed, **stage: Any) -> None:
+        super().__init__(**stage)
+        self.verifier = verifier
+
+    def sample_check(self, sample: Sample) -> None:
+        check_chain(sample, self.verifier)

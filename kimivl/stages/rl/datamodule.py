@@ -52,6 +52,8 @@ class RLDataModule(StageDataModule):
         **stage: Any,
     ) -> None:
         super().__init__(**stage)
+        if temperature <= 0:
+            raise ValueError(f"data.temperature={temperature}: responses to learn from are drawn above 0")
         self.make_sampler = sampler
         self.problems = problems
         self.responses = responses
@@ -112,13 +114,14 @@ class RLDataModule(StageDataModule):
         packs = self._deal(experience)
         for number, members in enumerate(packs):
             pack = self._batch(packs, number).pack.to(module.device)
-            experience.ref_logp[members] = module.sequence_log_probs(pack).cpu()
+            experience.ref_logp[members] = module.sequence_log_probs(pack, self.sampling.temperature).cpu()
 
     def _deal(self, experience: Experience) -> list[list[int]]:
         assert self.trainer is not None
-        seed = [self.seed, experience.iteration]
+        seed = [self.seed, experience.iteration, 2]
         packs_per_step = self.trainer.accumulate_grad_batches
-        return deal(experience.lengths, experience.problem, self.updates, packs_per_step, seed)
+        prompts = torch.from_numpy(self.index.tokens[experience.problem.numpy()])
+        return deal(prompts + experience.lengths, experience.problem, self.updates, packs_per_step, seed)
 
     def _batch(self, packs: list[list[int]], number: int) -> TrajectoryBatch:
         assert self.trainer is not None and self.experience is not None

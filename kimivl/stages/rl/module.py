@@ -32,20 +32,26 @@ class RLModule(LongCoTModule):
         self.objective = objective
         self.reset_optimizer = reset_optimizer
 
-    def on_train_epoch_start(self) -> None:
-        # Not called on a resume in mid-iteration, where the momenta come from the checkpoint.
-        if self.reset_optimizer:
-            reset_state(self.trainer.optimizers[0])
+    def on_train_batch_start(self, batch: TrajectoryBatch, batch_idx: int) -> None:
+        # Not on_train_epoch_start: Lightning leaves it out after a resume from a checkpoint at an epoch's last batch.
+        if batch_idx == 0:
+            if self.reset_optimizer:
+                reset_state(self.trainer.optimizers[0])
+            self._log_figures()
+
+    def _log_figures(self) -> None:
+        """The figures of the iteration's rollouts, once, whatever ``log_every_n_steps`` is."""
+        figures = self.datamodule.figures
+        for logger in self.loggers:
+            logger.log_metrics(figures | {"epoch": self.current_epoch}, step=self.global_step)
+        for name, value in figures.items():
+            self.log(name, value, logger=False, prog_bar=name in ("rollout/accuracy", "rollout/length"), batch_size=1)
 
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
-        logp = self.sequence_log_probs(batch.pack)
+        logp = self.sequence_log_probs(batch.pack, self.datamodule.sampling.temperature)
         total = self.objective(logp, batch.ref_logp, batch.advantage)
         drift = (logp.detach() - batch.ref_logp).square()
         self.log("train/loss", total.detach() / batch.pack.num_samples, prog_bar=True, batch_size=1)
         self.log("policy/log_ratio_squared", drift.mean(), batch_size=1)
         self.log("policy/nll_per_token", -logp.detach().sum() / batch.pack.target_segments.numel(), batch_size=1)
         return self.normalised(total, batch.step_responses)
-
-    def on_train_epoch_end(self) -> None:
-        for name, value in self.datamodule.figures.items():
-            self.log(name, value, prog_bar=name in ("rollout/accuracy", "rollout/length"), batch_size=1)

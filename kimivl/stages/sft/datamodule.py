@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 from kimivl.data.loader import PackLoader
@@ -15,10 +16,18 @@ log = logging.getLogger(__name__)
 class SFTDataModule(StageDataModule):
     """One Lightning epoch is one epoch of the data; its pack length comes from ``phases``.
 
-    A pack holds at most ``max_length`` tokens and ``max_length`` image patches (before merging): patches cost about
-    as much in the vision tower as tokens in the language model.
+    A phase has ``max_length``, the tokens of a pack, and may have ``max_patches``, its image patches before merging
+    (four per token where it is not given: a pack may be all images). A sample over either limit is dropped from the
+    epoch under ``too_long`` or ``too_many_patches``, and counted.
     An optimiser step takes ``trainer.accumulate_grad_batches`` packs on every rank.
+
+    Args:
+        num_workers: processes that read and decode while the model trains.
     """
+
+    def __init__(self, num_workers: int = 0, **stage: Any) -> None:
+        super().__init__(**stage)
+        self.num_workers = num_workers
 
     _plans: dict[int, Plan]
     _resumed: dict[str, Any] | None = None
@@ -34,22 +43,32 @@ class SFTDataModule(StageDataModule):
         """The packs of an epoch, the same on every rank."""
         assert self.trainer is not None
         if epoch not in self._plans:
-            max_length = self.phase_of(epoch).max_length
+            phase = self.phase_of(epoch)
+            max_length = phase.max_length
             assert max_length is not None
             plan = plan_epoch(
                 self.index.tokens,
                 self.index.patches,
                 self.index.targets,
                 max_length=max_length,
-                max_patches=max_length,
+                max_patches=phase.max_patches or 4 * max_length,
                 packs_per_step=self.trainer.accumulate_grad_batches * self.trainer.world_size,
                 seed=self.seed,
                 epoch=epoch,
             )
-            if len(plan.too_long):
-                log.warning("epoch %d: %d samples are longer than %d", epoch, len(plan.too_long), max_length)
+            for reason, count in plan.dropped.items():
+                if count:
+                    log.warning("epoch %d leaves out %d samples: %s", epoch, count, reason)
             self._plans[epoch] = plan
         return self._plans[epoch]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Those of the index, and what fits into no pack: counted once for each epoch that leaves it out."""
+        counts = Counter(super().dropped)
+        for epoch in range(self.max_epochs):
+            counts.update(self.plan(epoch).dropped)
+        return {reason: count for reason, count in counts.items() if count}
 
     def schedule_phases(self) -> list[dict[str, Any]]:
         def steps(first: int, phase: Phase) -> int:

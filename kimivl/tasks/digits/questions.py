@@ -58,7 +58,6 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "How much is {plus}?",
     ),
 }
-TEXT_KINDS = ("text_sum", "addition")
 THRESHOLDS = range(2, 8)
 
 
