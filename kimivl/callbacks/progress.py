@@ -14,7 +14,8 @@ from rich.progress import Progress as RichProgress
 SHOWN = {
     "train/loss": "loss {:.3f}",
     "perf/tokens_per_s": "{:,.0f} tok/s",
-    "rollout/accuracy": "rollout acc {:.2f}",
+    "perf/rollout_tokens_per_s": "rollout {:,.0f} tok/s",
+    "rollout/accuracy": "acc {:.2f}",
     "rollout/length": "len {:.0f}",
     "val/accuracy": "val acc {:.2f}",
 }

@@ -41,6 +41,10 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(f"max_new_tokens must be at least 1 and temperature at least 0, not {self}")
+
 
 @dataclass(slots=True)
 class Experience:

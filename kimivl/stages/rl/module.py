@@ -15,6 +15,9 @@ from kimivl.optim import reset_state
 from kimivl.rl.experience import TrajectoryBatch
 from kimivl.stages.long_cot.module import LongCoTModule
 
+SHOWN = {"rollout/accuracy", "rollout/length", "perf/rollout_tokens_per_s"}
+"""Figures of an iteration that the progress bar shows."""
+
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(log-probabilities, reference log-probabilities, advantages), (R,) each -> the sum of the losses."""
 
@@ -45,7 +48,7 @@ class RLModule(LongCoTModule):
         for logger in self.loggers:
             logger.log_metrics(figures | {"epoch": self.current_epoch}, step=self.global_step)
         for name, value in figures.items():
-            self.log(name, value, logger=False, prog_bar=name in ("rollout/accuracy", "rollout/length"), batch_size=1)
+            self.log(name, value, logger=False, prog_bar=name in SHOWN, batch_size=1)
 
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
         logp = self.sequence_log_probs(batch.pack, self.datamodule.sampling.temperature)
