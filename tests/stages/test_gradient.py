@@ -70,3 +70,15 @@ def test_the_optimiser_is_reset_each_rl_iteration(fit, reset, fresh):
 
     fit("rl", *RESET, f"module.reset_optimizer={reset}", momentum=0.9, callbacks=[Look()])
     assert seen == fresh
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_mixed_precision_keeps_weights_and_references_in_float32(fit, stage):
+    short = ["data.problems=2", "data.responses=2", "data.max_new_tokens=4", "data.updates=1", *REWARDED]
+    short += ["data.phases=[{epochs: 1, lr: [0.1, 0.1]}]"]
+    long = ["data.phases=[{max_length: 4096, epochs: 1, lr: [0.1, 0.1]}]"]
+    module, trainer = fit(stage, *(short if stage == "rl" else long), precision="bf16-mixed")
+    assert trainer.global_step == 1
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights(module).values())
+    if stage == "rl":
+        assert trainer.datamodule.experience.ref_logp.dtype == torch.float32
