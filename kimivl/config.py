@@ -20,7 +20,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -86,7 +86,10 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, Interrupted) as error:
+    except (ValueError, Interrupted, InstantiationException) as caught:
+        # Hydra wraps what a constructor raises; the constructor's own sentence names the key.
+        wrapped = isinstance(caught, InstantiationException) and isinstance(caught.__cause__, ValueError)
+        error = caught.__cause__ if wrapped else caught
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise CompactHydraException(str(error)) from error
         print(f"\n{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)

@@ -12,14 +12,12 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "choice", [f"stage={stage}" for stage in STAGES] + [f"experiment={e}" for e in options("experiment")]
-)
-def test_stage_and_experiment(choice):
-    """An experiment brings its own stage."""
-    cfg = compose_run(choice)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("experiment", [None, *options("experiment")])
+def test_stage_and_experiment(stage, experiment):
+    cfg = compose_run(f"stage={stage}", *([f"experiment={experiment}"] if experiment else []))
     OmegaConf.resolve(cfg)
-    assert cfg.stage in STAGES
+    assert cfg.stage == stage
     assert list(check_targets(cfg)) == []
     assert not OmegaConf.missing_keys(cfg)
 

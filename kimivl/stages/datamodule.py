@@ -65,7 +65,7 @@ class StageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        processor: str,
+        processor: str | None,
         shards: str | list[str],
         val_shards: str | list[str] | None,
         test_shards: str | list[str] | None,
@@ -75,6 +75,8 @@ class StageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if processor is None:
+            raise ValueError("data.processor is null: name a folder with a tokenizer there, or a model with init_from")
         self.processor_folder = processor
         self.shards = shards
         self.held_out = {"val": val_shards, "test": test_shards}
