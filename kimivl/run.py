@@ -53,10 +53,9 @@ def run(cfg: DictConfig) -> float | None:
     _quiet()
     seed_everything(cfg.seed, verbose=False)
     tracking.write_run(output_dir, "running", config)
-    for file in (METRICS_FILE, *([] if resume else [HISTORY_FILE])):
-        (output_dir / file).unlink(missing_ok=True)  # an earlier run's
-    if resume is None:
-        (output_dir / LAST).unlink(missing_ok=True)
+    own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
+    for file in (METRICS_FILE, *(() if own else (HISTORY_FILE, LAST))):
+        (output_dir / file).unlink(missing_ok=True)  # an earlier run's, which this one does not go on from
     loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
     status = "failed"
     try:

@@ -141,6 +141,18 @@ def test_a_finished_run_typed_again_starts_anew(root, tmp_path):
     assert sorted(history(tmp_path, "train/loss")) == list(range(6))
 
 
+def test_a_checkpoint_from_elsewhere_takes_the_place_of_what_the_folder_held(root, tmp_path):
+    """A finished run's own checkpoint must not be gone on from by the run that replaces it."""
+    overrides = ["stage=sft", *QUIET, f"paths.root={root}"]
+    here = [*overrides, f"paths.output_dir={tmp_path / 'here'}"]
+    train(*here)
+    train(*overrides, f"paths.output_dir={tmp_path / 'there'}", *stop_at(1, "SIGTERM"), check=False)
+    begun = [*here, f"ckpt_path={tmp_path / 'there/checkpoints/last.ckpt'}"]
+    train(*begun, "callbacks.checkpoint.every_n_train_steps=100", *stop_at(3, "SIGKILL"), check=False)
+    train(*begun)
+    assert sorted(history(tmp_path / "here", "train/loss")) == [2, 3, 4, 5]
+
+
 def test_a_checkpoint_does_not_go_on_with_steps_cut_otherwise(root, tmp_path):
     overrides = ["stage=sft", *QUIET, f"paths.root={root}"]
     train(*overrides, *stop_at(1, "SIGTERM"), f"paths.output_dir={tmp_path / 'a'}", check=False)

@@ -11,8 +11,6 @@ from rich.panel import Panel
 
 from kimivl import tracking
 
-LEVEL = "accuracy_difficulty_"
-
 
 class Samples(Callback):
     """Logs the evaluation's transcripts; those of the test are also shown."""
@@ -46,11 +44,11 @@ class Samples(Callback):
             title = escape(transcript.problem.question)
             console.print(Panel(escape(transcript.response), title=title, subtitle=mark, title_align="left"))
         figures = pl_module.tally.metrics()
-        levels = {name.removeprefix(LEVEL): value for name, value in figures.items() if name.startswith(LEVEL)}
+        levels = sorted(pl_module.tally.by_difficulty.items())
         sampled = f", sampled {figures['sampled_accuracy']:.3f}" if "sampled_accuracy" in figures else ""
         console.print(
             f"{figures['problems']:.0f} problems: accuracy {figures['accuracy']:.3f}{sampled}, "
             f"{figures['length']:.1f} tokens\n"
-            f"by difficulty: {'  '.join(f'{level}: {value:.2f}' for level, value in levels.items())}",
+            f"by difficulty: {'  '.join(f'{level}: {right / count:.2f}' for level, (right, count) in levels)}",
             highlight=False,
         )

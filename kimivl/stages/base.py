@@ -111,8 +111,8 @@ class StageModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._train_started = time.perf_counter()
-        for logger in self.loggers:
-            dropped = {f"data/dropped/{reason}": count for reason, count in self.datamodule.dropped.items()}
+        dropped = {f"data/dropped/{reason}": count for reason, count in self.datamodule.dropped.items()}
+        for logger in self.loggers if dropped else ():
             logger.log_metrics(dropped, step=self.global_step)
 
     def on_train_end(self) -> None:

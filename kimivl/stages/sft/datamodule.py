@@ -28,16 +28,14 @@ class SFTDataModule(StageDataModule):
     def __init__(self, num_workers: int = 0, **stage: Any) -> None:
         super().__init__(**stage)
         self.num_workers = num_workers
-
-    _plans: dict[int, Plan]
-    _resumed: dict[str, Any] | None = None
+        self._plans: dict[int, Plan] = {}
+        self._resumed: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         for phase in self.phases:
             if phase.max_length is None:
                 raise ValueError("data.phases: a supervised stage needs max_length, the tokens of a pack")
-        self._plans = {}
 
     def plan(self, epoch: int) -> Plan:
         """The packs of an epoch, the same on every rank."""
