@@ -10,15 +10,90 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = argparse.ArgumentParser(prog="kimivl", description="Tools beside train.py.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    report = verbs.add_parser("report", help="table, summary.json and summary.png of the stages in a run folder")
-    report.add_argument("folder", type=Path, help="for example outputs/digits")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, add, summary in (
+        ("build", _add_build, "make shards of chats in JSON, JSONL, parquet or datasets folders"),
+        ("index", _add_index, "index shards: count tokens and patches, find what cannot be used"),
+        ("audit", _add_audit, "prove from a run's files that each sample was used as planned"),
+        ("report", _add_report, "table, summary.json and summary.png of the stages in a run folder"),
+    ):
+        add(verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."))
     arguments = parser.parse_args(argv)
-    from kimivl.report import write_report  # matplotlib takes seconds to import: --help does not wait for it
-
     try:
-        write_report(arguments.folder)
+        return arguments.call(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+# Each verb imports its room when it is called: --help does not wait for it.
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    from kimivl.data.build.options import add_arguments
+
+    add_arguments(parser)
+
+    def call(arguments: argparse.Namespace) -> int:
+        from kimivl.data.build.builder import run_build
+
+        return run_build(arguments)
+
+    parser.set_defaults(call=call)
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", help="a folder of tars, a path with braces or globs, or a URL of one")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as of train.py, for example stage=rl data.processor=/models/Kimi-VL-A3B-Instruct",
+    )
+
+    def call(arguments: argparse.Namespace) -> int:
+        from hydra.errors import HydraException
+        from hydra.utils import instantiate
+        from rich.console import Console
+
+        from kimivl.config import compose_run, validate
+        from kimivl.data.describe import print_index
+
+        try:
+            cfg = compose_run(*arguments.overrides)
+        except HydraException as error:
+            raise ValueError(str(error)) from error
+        cfg.data.shards, cfg.data.prepare = arguments.shards, None
+        validate(cfg)
+        datamodule = instantiate(cfg.data, _convert_="all")
+        datamodule.setup("fit")
+        print_index(datamodule.index, Console())
+        return 0
+
+    parser.set_defaults(call=call)
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN_DIR", help="for example outputs/digits/sft")
+
+    def call(arguments: argparse.Namespace) -> int:
+        from kimivl.data.audit.report import run_audit
+
+        return run_audit(arguments)
+
+    parser.set_defaults(call=call)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="for example outputs/digits")
+
+    def call(arguments: argparse.Namespace) -> int:
+        from kimivl.report import write_report
+
+        write_report(arguments.folder)
+        return 0
+
+    parser.set_defaults(call=call)

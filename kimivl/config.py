@@ -26,7 +26,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
 RUN_FILE, METRICS_FILE, HISTORY_FILE = "run.json", "metrics.json", "history.jsonl"
-"""What a run leaves in its folder: its configuration and status, its final figures, every logged figure."""
+AUDIT = "audit"
+"""What a run leaves in its folder: its configuration and status, its final figures, every logged figure, and
+the folder that says which sample was trained on when."""
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_args_", "_recursive_"}
 

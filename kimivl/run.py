@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kimivl import tracking
 from kimivl.checkpoint import LAST, MODEL, check_init_from, export_model, resume_path
-from kimivl.config import HISTORY_FILE, METRICS_FILE, Interrupted, validate
+from kimivl.config import AUDIT, HISTORY_FILE, METRICS_FILE, Interrupted, validate
 from kimivl.launch import check_launch
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ _MAY_DIFFER = {
     "callbacks",
     "logger",
     "test",
+    "data.num_workers",
+    "data.cache",
+    "data.cache_gb",
     "trainer.log_every_n_steps",
     "trainer.check_val_every_n_epoch",
 }
@@ -56,6 +60,8 @@ def run(cfg: DictConfig) -> float | None:
     own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
     for file in (METRICS_FILE, *(() if own else (HISTORY_FILE, LAST))):
         (output_dir / file).unlink(missing_ok=True)  # an earlier run's, which this one does not go on from
+    if not own:
+        shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
     loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
     status = "failed"
     try:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,34 @@ def test_report_of_nothing_says_what_to_run(tmp_path, capsys):
     assert "python train.py stage=sft" in capsys.readouterr().err
 
 
+def audit(run: Path) -> int:
+    """The exit code of ``kimivl audit``."""
+    from kimivl.cli import main
+
+    return main(["audit", str(run)])
+
+
+def test_audit_proves_the_epochs_and_draws_them(root, capsys):
+    run = root / "miniature/sft"
+    assert audit(run) == 0
+    assert "verified" in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "audit").glob("*.parquet")) == ["epoch-000.parquet", "epoch-001.parquet"]
+    assert (run / "audit/audit.png").stat().st_size > 10_000
+
+
+def test_index_says_what_is_in_the_shards(root, capsys):
+    from kimivl.cli import main
+
+    digits = root / "data/miniature/digits"
+    assert main(["index", f"{digits}/sft-*.tar", f"data.processor={digits}/tokenizer"]) == 0
+    printed = capsys.readouterr().out
+    assert "160 samples in 1 shards" in printed and "digits" in printed and "index: " in printed
+    assert main(["index", f"{digits}/none-*.tar", f"data.processor={digits}/tokenizer"]) == 2
+    assert "none-*.tar" in capsys.readouterr().err
+    assert main(["index", f"{digits}/sft-*.tar", "data.processr=x"]) == 2
+    assert "processr" in capsys.readouterr().err
+
+
 SIX_STEPS = {"sft": ["stage=sft"], "rl": [*RL, "data.updates=3"]}  # epochs of 4 + 2 and of 3 + 3 steps
 
 
@@ -115,6 +145,7 @@ def test_resumed_is_uninterrupted(root, uninterrupted, tmp_path, stage, signal_n
         assert f"saved after step {step + 1}" in stopped.stderr and "ckpt_path=last" in stopped.stderr
         assert "Traceback" not in stopped.stderr
     train(*overrides, "ckpt_path=last")
+    assert audit(tmp_path) == (0 if stage == "sft" else 2)  # RL draws its problems, there is no epoch to prove
     whole = uninterrupted[stage]
     for name in ("train/loss", "rollout/length") if stage == "rl" else ("train/loss",):
         assert history(tmp_path, name) == history(whole, name)
@@ -184,6 +215,41 @@ def test_a_damaged_shard_is_named_and_counted(root, tmp_path, damage):
     assert history(tmp_path / "run", f"data/dropped/{reason}") == {0: 1}
 
 
+def test_a_picture_that_does_not_decode_becomes_a_hole(root, tmp_path):
+    """Its header and checksum are sound, so that it comes up in training: the run goes on without it, and says so."""
+    shutil.copytree(root / "data/miniature/digits", tmp_path / "digits")
+    shard = tmp_path / "digits/sft-000000.tar"
+    content = bytearray(shard.read_bytes())
+    chunk = content.index(b"IDAT")
+    (length,) = struct.unpack(">I", content[chunk - 4 : chunk])
+    content[chunk + 4 : chunk + 4 + length] = bytes(length)
+    checksum = zlib.crc32(content[chunk : chunk + 4 + length])
+    content[chunk + 4 + length : chunk + 8 + length] = struct.pack(">I", checksum)
+    shard.write_bytes(content)
+    overrides = ["stage=sft", *QUIET, "data.prepare=null", f"paths.root={root}", f"paths.data={tmp_path}"]
+    run = tmp_path / "run"
+    train(*overrides, "data.max_dropped=0.2", f"paths.output_dir={run}")
+    assert list(history(run, "data/dropped/bad_image").values()) == [1, 2]  # once in each epoch
+    assert audit(run) == 0
+    [first, _] = map(json.loads, (run / "audit/quarantine.jsonl").read_text().splitlines())
+    assert first["reason"] == "bad_image" and first["shard"] == str(shard) and first["key"].startswith("sft-")
+    refused = train(*overrides, "data.max_dropped=0.001", f"paths.output_dir={tmp_path / 'strict'}", check=False)
+    assert refused.returncode == 2 and "bad_image 1" in refused.stderr and first["key"] in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_mixture_and_moved_samples(root, tmp_path):
+    """Half of the digits in each of two epochs; what the short packs cannot hold waits for the long ones."""
+    phases = (
+        "data.phases=[{max_length: 128, epochs: 1, lr: [1e-3, 1e-3]}, {max_length: 2048, epochs: 1, lr: [1e-3, 1e-3]}]"
+    )
+    overrides = ["stage=sft", *QUIET, phases, "data.too_long=move", f"paths.root={root}"]
+    train(*overrides, "data.mixture={digits: 0.5}", f"paths.output_dir={tmp_path / 'half'}")
+    assert audit(tmp_path / "half") == 0
+    unknown = train(*overrides, "data.mixture={digit: 2}", f"paths.output_dir={tmp_path / 'typo'}", check=False)
+    assert unknown.returncode == 2 and "data.mixture" in unknown.stderr and "digits" in unknown.stderr
+
+
 def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root, tmp_path):
     overrides = ["stage=sft", *QUIET, f"paths.root={root}", f"paths.output_dir={tmp_path}"]
     train(*overrides, *stop_at(1, "SIGTERM"), check=False)
@@ -212,6 +278,11 @@ def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root,
         (["stage=sft", "trainer.devices=2"], "a run trains on one device for now"),
         (["stage=sft", "data.prepare=null"], "data/digits/tokenizer: there is no such folder"),
         (["stage=sft", MINIATURE, "data.shards=/nowhere/x-*.tar"], "/nowhere/x-*.tar"),
+        (["stage=sft", MINIATURE, "data.shards=[]"], "data.shards"),
+        (["stage=sft", MINIATURE, "data.phases=[{max_length: 8, epochs: 1, lr: [1, 1]}]"], "data.phases"),
+        (["stage=sft", MINIATURE, "data.too_long=cut"], "data.too_long"),
+        (["stage=sft", MINIATURE, "data.window=0"], "data.window"),
+        (["stage=sft", MINIATURE, "data.mixture={digits: -1}"], "data.mixture"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(tmp_path, overrides, message):

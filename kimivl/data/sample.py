@@ -26,8 +26,8 @@ JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 class SampleError(ValueError):
     """A sample that cannot be used; `reason` is the name under which it is counted (`data/dropped/<reason>`).
 
-    Reasons raised in this package: bad_json, bad_image, image_count, empty_answer, missing_member,
-    duplicate_key, truncated_shard, bad_shard (and special_token, too_long where a chat is encoded).
+    Reasons raised in this package: bad_json, bad_image, image_count, empty_answer, missing_member, duplicate_key,
+    too_large, truncated_shard, bad_shard, io_error (and special_token, too_long where a chat is encoded).
     """
 
     def __init__(self, reason: str, key: str, shard: str | None, detail: str) -> None:
@@ -56,6 +56,7 @@ class _Fault(Exception):
 MAX_DIFFICULTY = 32_767
 """What a 16-bit column of the index holds."""
 
+_IMAGE_NAME = re.compile(rf"([0-9]{{1,6}})\.({'|'.join(IMAGE_SUFFIXES)})", re.IGNORECASE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -78,22 +79,25 @@ class Sample:
     task: str = ""
 
 
-def parse_sample(key: str, members: dict[str, bytes], shard: str | None = None) -> Sample:
+def parse_sample(key: str, members: dict[str, bytes], shard: str | None = None, *, check_images: bool = True) -> Sample:
     """The sample made of `members` (extension -> bytes, such as `json` and `0.png`), checked.
 
-    Image headers, PNG checksums and JPEG end marks are checked; pixels are not decoded here.
-    Raises SampleError with the reason, the key and the shard.
+    Image headers, PNG checksums and JPEG end marks are checked, unless `check_images` says that these bytes have
+    been checked before; pixels are not decoded here. Raises SampleError with the reason, the key and the shard.
     """
     try:
         fields = _json_object(members)
         messages = [_message(entry) for entry in fields["messages"]]
-        images = _images(members)
+        images = _images(members, check_images)
         _check_turns(messages, images)
         answer, difficulty = fields.get("answer"), fields.get("difficulty")
         if answer is not None and (not isinstance(answer, str) or not answer.strip()):
-            raise _Fault("empty_answer", f"'answer' must be a non-empty string, not {answer!r}")
+            raise _Fault("empty_answer", f"'answer' must be a non-empty string, not {answer!r:.120}")
+        _check_characters(answer or "", "'answer'")
         if difficulty is not None and (type(difficulty) is not int or not 0 <= difficulty <= MAX_DIFFICULTY):
-            raise _Fault("bad_json", f"'difficulty' must be an integer from 0 to {MAX_DIFFICULTY}, not {difficulty!r}")
+            raise _Fault(
+                "bad_json", f"'difficulty' must be an integer from 0 to {MAX_DIFFICULTY}, not {difficulty!r:.120}"
+            )
         source, task = (_text_field(fields, name) for name in ("source", "task"))
     except _Fault as fault:
         raise SampleError(fault.reason, key, shard, fault.detail) from fault
@@ -105,7 +109,7 @@ def _json_object(members: dict[str, bytes]) -> dict[str, Any]:
         raise _Fault("missing_member", f"no .json member, only {sorted(members)}")
     try:
         fields = json.loads(members["json"])
-    except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
         raise _Fault("bad_json", f"the .json member is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise _Fault("bad_json", f"the .json member must be an object, not {type(fields).__name__}")
@@ -117,8 +121,14 @@ def _json_object(members: dict[str, bytes]) -> dict[str, Any]:
 def _text_field(fields: dict[str, Any], name: str) -> str:
     value = fields.get(name, "")
     if not isinstance(value, str):
-        raise _Fault("bad_json", f"{name!r} must be a string, not {value!r}")
+        raise _Fault("bad_json", f"{name!r} must be a string, not {value!r:.120}")
+    _check_characters(value, repr(name))
     return value
+
+
+def _check_characters(text: str, name: str) -> None:
+    if _SURROGATE.search(text):  # it can be neither tokenised nor written to a file
+        raise _Fault("bad_json", f"{name} has a lone surrogate (half of a character)")
 
 
 def _message(entry: Any) -> dict[str, Any]:
@@ -138,8 +148,7 @@ def _part(part: Any) -> dict[str, str]:
     if kind == "image":
         return {"type": "image"}
     if kind == "text" and isinstance(part.get("text"), str):
-        if _SURROGATE.search(part["text"]):
-            raise _Fault("bad_json", "the text has a lone surrogate (half of a character)")
+        _check_characters(part["text"], "the text")
         return {"type": "text", "text": part["text"]}
     raise _Fault("bad_json", f"a part is {{type: image}} or {{type: text, text: ...}}, got {part!r:.120}")
 
@@ -159,19 +168,21 @@ def _check_turns(messages: list[dict[str, Any]], images: tuple[bytes, ...]) -> N
         raise _Fault("image_count", f"{places} image parts in the messages, but {len(images)} images")
 
 
-def _images(members: dict[str, bytes]) -> tuple[bytes, ...]:
+def _images(members: dict[str, bytes], check: bool) -> tuple[bytes, ...]:
     """The image members in the order of their numbers, which must be 0, 1, 2, ... without a gap."""
     numbered: dict[int, bytes] = {}
     for name, data in members.items():
-        place, _, suffix = name.partition(".")
-        if suffix.lower() in IMAGE_SUFFIXES and place.isdecimal():
-            if int(place) in numbered:
-                raise _Fault("image_count", f"two members hold image {int(place)}")
-            numbered[int(place)] = data
+        found = _IMAGE_NAME.fullmatch(name)
+        if found:
+            number = int(found[1])
+            if number in numbered:
+                raise _Fault("image_count", f"two members hold image {number}")
+            numbered[number] = data
     for number in range(len(numbered)):
         if number not in numbered:
             raise _Fault("missing_member", f"image {number} is missing, there are {sorted(numbered)}")
-        _check_image(numbered[number], number)
+        if check:
+            _check_image(numbered[number], number)
     return tuple(numbered[number] for number in range(len(numbered)))
 
 

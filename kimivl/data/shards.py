@@ -5,22 +5,28 @@ range, because a planned epoch asks for samples in any order.
 """
 
 import glob
-import io
+import itertools
 import json
 import os
+import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from braceexpand import braceexpand
 
 from kimivl.data.sample import JPEG_START, Sample, SampleError, parse_sample
+from kimivl.data.storage import Storage, is_remote, local_path
+from kimivl.data.tar import Member, read_members, walk
 
-BLOCK = 512  # bytes of a tar block; headers and member data start at multiples of it
+MAX_SAMPLE_BYTES = 2**30  # a sample is read whole, and this is what it may cost
+LOOKUPS = 16  # names that are looked up at a time
 OWNER = "kimivl"
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # what is left of bytes in a name that are no UTF-8
 MAGIC_SUFFIXES = ((b"\x89PNG", "png"), (JPEG_START, "jpg"), (b"RIFF", "webp"))
 
 
@@ -51,13 +57,43 @@ def write_shards(samples: Iterable[Sample], prefix: Path, samples_per_shard: int
         _check_key(sample.key, seen)
         chunk.append(sample)
         if len(chunk) == samples_per_shard:
-            paths.append(_write_shard(chunk, prefix, len(paths)))
+            paths.append(_write_numbered(chunk, prefix, len(paths)))
             chunk = []
     if chunk:
-        paths.append(_write_shard(chunk, prefix, len(paths)))
+        paths.append(_write_numbered(chunk, prefix, len(paths)))
     for stale in set(prefix.parent.glob(glob.escape(prefix.name) + "-" + "[0-9]" * 6 + ".tar")) - set(paths):
         stale.unlink()
     return paths
+
+
+def _write_numbered(samples: list[Sample], prefix: Path, number: int) -> Path:
+    path = prefix.with_name(f"{prefix.name}-{number:06d}.tar")
+    write_shard(samples, path)
+    return path
+
+
+def write_shard(samples: Iterable[Sample], path: Path) -> None:
+    """Write one shard; it appears under its name when it is complete, and its bytes depend on the samples alone.
+
+    Raises ValueError for a key that is used twice or cannot name tar members, SampleError for an image of a format
+    that shards do not hold.
+    """
+    import webdataset  # here, because it brings torch along, which readers of shards can do without
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    seen: set[str] = set()
+    try:
+        with (
+            partial.open("wb") as stream,
+            webdataset.TarWriter(stream, user=OWNER, group=OWNER, mode=0o644, mtime=0, encoder=False) as writer,
+        ):
+            for sample in samples:
+                _check_key(sample.key, seen)
+                writer.write({"__key__": sample.key, **_members(sample)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _check_key(key: str, seen: set[str]) -> None:
@@ -66,22 +102,6 @@ def _check_key(key: str, seen: set[str]) -> None:
     if key in seen:
         raise ValueError(f"sample key {key!r} is used twice; keys must be unique")
     seen.add(key)
-
-
-def _write_shard(samples: list[Sample], prefix: Path, number: int) -> Path:
-    path = prefix.with_name(f"{prefix.name}-{number:06d}.tar")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with (
-            partial.open("wb") as stream,
-            webdataset.TarWriter(stream, user=OWNER, group=OWNER, mode=0o644, mtime=0, encoder=False) as writer,
-        ):
-            for sample in samples:
-                writer.write({"__key__": sample.key, **_members(sample)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def _members(sample: Sample) -> dict[str, bytes]:
@@ -99,150 +119,140 @@ def _members(sample: Sample) -> dict[str, bytes]:
     return members
 
 
-def expand(shards: str | list[str]) -> list[Path]:
-    """The shard files that paths with braces (`rl-{000..063}.tar`) and globs (`rl-*.tar`) stand for, sorted.
+def expand(shards: str | list[str], storage: Storage | None = None) -> list[str]:
+    """The shards that paths and URLs stand for, sorted: braces (`rl-{000..063}.tar`), globs (`rl-*.tar`), folders.
 
-    Raises ValueError naming the first pattern that matches no file.
+    A folder means the `.tar` files in it. Raises ValueError naming the first pattern that matches no file.
     """
     patterns = [shards] if isinstance(shards, str) else shards
     if not patterns:
-        raise ValueError("no shards given; set data.shards to a path, a brace pattern or a glob")
-    found: set[Path] = set()
-    for pattern in patterns:
-        for name in braceexpand(pattern):
-            path = Path(name).expanduser()
-            # A literal file wins, so that a name with brackets in it needs no escaping.
-            matches = [path] if path.is_file() else _matches(path)
+        raise ValueError("no shards given; set data.shards to a path, a URL, a brace pattern or a glob")
+    storage = storage or Storage()
+    named = [(name, pattern) for pattern in patterns for name in _braces(pattern)]
+    found: set[str] = set()
+    with ThreadPoolExecutor(LOOKUPS) as pool:  # a set of a thousand URLs is a thousand questions to a server
+        for (name, pattern), matches in zip(
+            named, pool.map(lambda pair: _matches(pair[0], storage), named), strict=True
+        ):
             if not matches:
-                raise ValueError(f"no shard matches '{path}' (from data.shards={pattern!r}); check the path")
+                raise ValueError(f"no shard matches '{name}' (from data.shards={pattern!r}); check the path")
             found.update(matches)
     return sorted(found)
 
 
-def _matches(pattern: Path) -> list[Path]:
-    """The files a glob stands for, in whichever part of the path the wildcards are."""
-    relative = pattern.relative_to(pattern.anchor)
-    return [path for path in Path(pattern.anchor).glob(str(relative)) if path.is_file()]
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise ValueError(f"data.shards={pattern!r} has unbalanced braces; write '\\{{' for a literal one") from error
 
 
-def scan_shard(path: Path, on_fault: Callable[[SampleError], None]) -> Iterator[Record]:
+def _matches(name: str, storage: Storage) -> list[str]:
+    """The files that a path or URL without braces stands for."""
+    if is_remote(name):
+        return storage.matches(name)
+    path = local_path(name)
+    if path.is_file():  # a literal file wins, so that a name with brackets in it needs no escaping
+        return [str(path)]
+    folder, pattern = (path, "*.tar") if path.is_dir() else (Path(path.anchor), str(path.relative_to(path.anchor)))
+    return [str(match) for match in folder.glob(pattern) if match.is_file()]
+
+
+def scan_shard(storage: Storage, shard: str, on_fault: Callable[[SampleError], None]) -> Iterator[Record]:
     """The samples of a shard in file order, without reading their contents.
 
-    Faults (a truncated or damaged tar, a key that comes back later, a sample without `.json`) are handed to
-    `on_fault`, and the scan goes on as far as it can: behind a damaged header it looks for the next sound
-    one.
+    Faults are handed to `on_fault`, and the scan goes on as far as it can: a truncated or damaged tar (behind a
+    damaged header it looks for the next sound one), a key that comes back later, a sample without `.json` or above
+    `MAX_SAMPLE_BYTES`, a shard that cannot be read (any more).
     """
-    path = Path(path)
+    try:
+        with storage.open(shard) as stream:
+            length = stream.seek(0, os.SEEK_END)
+
+            def report(reason: str, name: str, detail: str) -> None:
+                on_fault(SampleError(reason, (_split(name) or ("",))[0], shard, detail))
+
+            yield from _records(_groups(walk(stream, length, report)), shard, on_fault)
+    except OSError as error:
+        on_fault(SampleError("io_error", "", shard, f"the rest of the shard cannot be read: {error}"))
+
+
+def _records(
+    groups: Iterator[tuple[str, list[tuple[str, Member]]]], shard: str, on_fault: Callable[[SampleError], None]
+) -> Iterator[Record]:
+    """The groups of members that can be a sample; the others are told."""
     seen: set[str] = set()
-    for key, members in _groups(_walk(path, on_fault)):
-        if key in seen:
-            detail = "the key comes twice; its second part is left out"
-            on_fault(SampleError("duplicate_key", key, str(path), detail))
-        elif not any(extension == "json" for extension, _, _ in members):
-            names = [extension for extension, _, _ in members]
-            on_fault(SampleError("missing_member", key, str(path), f"no .json member, only {names}"))
-        elif all(end >= 0 for _, _, end in members):  # a truncated member has been reported by the walk
-            start, end = members[0][1], members[-1][2]
+    for key, members in groups:
+        extensions, start, end = [extension for extension, _ in members], members[0][1].start, members[-1][1].end
+        if _SURROGATE.search(key):
+            readable = key.encode("utf-8", "backslashreplace").decode()
+            on_fault(SampleError("bad_shard", readable, shard, "the names of its members are not UTF-8"))
+        elif key in seen:
+            on_fault(SampleError("duplicate_key", key, shard, "the key comes twice; its second part is left out"))
+        elif not all(member.whole for _, member in members):
+            pass  # the walk has told of the member that is cut
+        elif "json" not in extensions:
+            on_fault(SampleError("missing_member", key, shard, f"no .json member, only {extensions}"))
+        elif end - start > MAX_SAMPLE_BYTES:
+            detail = f"{end - start} bytes, more than the {MAX_SAMPLE_BYTES} that a sample may have"
+            on_fault(SampleError("too_large", key, shard, detail))
+        else:
             yield Record(key, start, end - start)
         seen.add(key)
 
 
-def read_sample(path: Path, offset: int, size: int) -> Sample:
-    """The sample whose members lie in bytes `[offset, offset + size)` of a shard; one read.
-
-    Raises SampleError when the span is cut short, is no sequence of tar members, or its sample is not sound.
-    """
-    with Path(path).open("rb") as stream:
-        stream.seek(offset)
-        span = stream.read(size)
-    if len(span) != size:
-        detail = f"{len(span)} of {size} bytes at offset {offset}; the shard has changed since it was indexed"
-        raise SampleError("truncated_shard", "", str(path), detail)
-    key, members = "", {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as tar:
-            for info in tar:
-                key, extension = _split(info.name)
-                stream_in = tar.extractfile(info)
-                if stream_in is not None:
-                    members[extension] = stream_in.read()
-    except tarfile.TarError as error:
-        detail = f"no tar members at offset {offset} ({error}); index the shard again"
-        raise SampleError("bad_shard", key, str(path), detail) from error
-    return parse_sample(key, members, str(path))
+def _groups(members: Iterable[Member]) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
+    """Neighbouring members of one key, with their extensions; members that belong to no sample are left out."""
+    named = ((place, member) for member in members if (place := _split(member.name)))
+    for key, group in itertools.groupby(named, key=lambda pair: pair[0][0]):
+        yield key, [(extension, member) for (_, extension), member in group]
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and extension of a member, cut at the first dot of the base name, as webdataset does."""
+def _split(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member, cut at the first dot of the base name as webdataset does; None: no sample's."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+    return None if not extension or stem.startswith("__") else (folder + slash + stem, extension.lower())
 
 
-Member = tuple[str, int, int]  # extension, offset of the header, end of the padded data (-1: beyond the file)
+def parse_span(span: bytes, shard: str, *, check_images: bool = True) -> Sample:
+    """The sample whose tar members are the bytes `span`, as `scan_shard` found it.
 
-
-def _groups(members: Iterator[tuple[str, Member]]) -> Iterator[tuple[str, list[Member]]]:
-    """Neighbouring members of one key, together."""
-    current, group = "", list[Member]()
-    for key, member in members:
-        if group and key != current:
-            yield current, group
-            group = []
-        current = key
-        group.append(member)
-    if group:
-        yield current, group
-
-
-def _walk(path: Path, on_fault: Callable[[SampleError], None]) -> Iterator[tuple[str, Member]]:
-    """All regular members of a shard, over damaged headers, up to its end or the point where it was cut."""
-    length, start = path.stat().st_size, 0
-    with path.open("rb") as stream:
-        while True:
-            end = start
-            for info in _sound_members(stream, start):
-                end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-                key, extension = _split(info.name)
-                if info.offset_data + info.size > length:
-                    detail = f"the shard ends at byte {length}, inside this sample; write or copy it again"
-                    on_fault(SampleError("truncated_shard", key, str(path), detail))
-                    yield key, (extension, info.offset, -1)
-                    return
-                if info.isfile() and extension and not key.rpartition("/")[2].startswith("__"):
-                    yield key, (extension, info.offset, end)
-            stream.seek(end)
-            block = stream.read(BLOCK)
-            if block == bytes(BLOCK):
-                return
-            if len(block) < BLOCK:
-                detail = f"the shard ends at byte {length} without an end mark; later samples are lost"
-                on_fault(SampleError("truncated_shard", "", str(path), detail))
-                return
-            on_fault(SampleError("bad_shard", "", str(path), f"damaged tar header at byte {end}"))
-            start = _next_header(stream, end + BLOCK)
-
-
-def _sound_members(stream: io.BufferedReader, start: int) -> Iterator[tarfile.TarInfo]:
-    """Members from `start` on, up to the first thing that is no header."""
-    stream.seek(start)
+    Raises SampleError when the span is no sequence of tar members, or its sample is not sound.
+    """
+    key, members = "", dict[str, bytes]()
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:  # closing it leaves `stream` open
-            yield from tar
-    except tarfile.ReadError:
-        return  # the caller looks at the bytes behind the last member and says what is wrong there
+        for name, data in read_members(span):
+            place = _split(name)
+            if place is None:
+                continue
+            key, extension = place
+            if extension in members:
+                raise SampleError("duplicate_key", key, shard, f"two members are named .{extension}")
+            members[extension] = data
+    except tarfile.TarError as error:
+        detail = f"these bytes are no tar members ({error}); index the shard again"
+        raise SampleError("bad_shard", key, shard, detail) from error
+    return parse_sample(key, members, shard, check_images=check_images)
 
 
-def _next_header(stream: io.BufferedReader, start: int) -> int:
-    """Offset of the next sound header (its checksum is right), of the end mark or of the end of the file."""
-    stream.seek(start)
-    while len(block := stream.read(BLOCK)) == BLOCK:
-        if block == bytes(BLOCK):
-            break
-        try:
-            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            start += BLOCK
-        else:
-            break
-    return start
+def read_sample(
+    storage: Storage, shard: str, offset: int, size: int, crc32: int | None = None, key: str = ""
+) -> Sample:
+    """The sample in bytes `[offset, offset + size)` of a shard; one read.
+
+    With the `crc32` that the span had when it was indexed, its images are not looked at again. `key` names the
+    sample in errors. Raises SampleError: io_error (the shard cannot be read), truncated_shard or bad_shard (it has
+    changed since it was indexed), or what `parse_span` finds.
+    """
+    try:
+        span = storage.read(shard, offset, size)
+    except OSError as error:
+        raise SampleError("io_error", key, shard, f"{error}") from error
+    if len(span) != size:
+        detail = f"{len(span)} of {size} bytes at offset {offset}; the shard has changed since it was indexed"
+        raise SampleError("truncated_shard", key, shard, detail)
+    if crc32 is not None and zlib.crc32(span) != crc32:
+        detail = f"the {size} bytes at offset {offset} have changed since the shard was indexed; index it again"
+        raise SampleError("bad_shard", key, shard, detail)
+    return parse_span(span, shard, check_images=crc32 is None)

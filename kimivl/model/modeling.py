@@ -69,14 +69,29 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 
-    def image_features(self, pixel_values: Tensor, image_grid_hws: Tensor) -> Tensor:
-        """(P, 3, 14, 14) pixels, uint8 or normalised, of all images -> (M, D) embeddings."""
+    def image_features(self, pixel_values: Tensor, image_grid_hws: Tensor, image_order: Tensor | None = None) -> Tensor:
+        """(P, 3, 14, 14) pixels, uint8 or normalised, of all images -> (M, D) embeddings.
+
+        ``image_order`` (J,): the image that each of J places shows, where one is shown at several; each image then
+        goes through the vision tower once.
+        """
         dtype = self.multi_modal_projector.linear_1.weight.dtype
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalise(pixel_values)
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype), image_grid_hws))
+        features = self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype), image_grid_hws))
+        if image_order is None:
+            return features
+        tokens = image_grid_hws.prod(1) // math.prod(self.config.vision_config.merge_kernel_size)
+        images = torch.arange(len(features), device=features.device).split(tokens.tolist())
+        return features[torch.cat([images[number] for number in image_order.tolist()])]
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_hws: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_grid_hws: Tensor | None,
+        image_order: Tensor | None = None,
+    ) -> Tensor:
         """(B, L, D) embeddings, with the image placeholders replaced by image features, in order."""
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None or pixel_values.shape[0] == 0:
@@ -84,7 +99,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
             return embeds + self._touch_vision() if self.training and torch.is_grad_enabled() else embeds
         if image_grid_hws is None:
             raise ValueError("pixel_values without image_grid_hws: give the (h, w) of each image")
-        features = self.image_features(pixel_values, image_grid_hws)
+        features = self.image_features(pixel_values, image_grid_hws, image_order)
         places = self.placeholders(input_ids).flatten().nonzero().squeeze(1)
         if len(places) != len(features):
             raise ValueError(
@@ -188,13 +203,14 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         pixel_values: Tensor | None = None,
         image_grid_hws: Tensor | None = None,
         temperature: float = 1.0,
+        image_order: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities (K,) float32 of the targets of a pack.
 
         `input_ids`, `targets` (T,): targets[t] is the token that position t predicts, or -100. The vocabulary
-        projection is applied at the K target positions only.
+        projection is applied at the K target positions only. `image_order`: see `image_features`.
         """
-        embeds = self.embed(input_ids[None], pixel_values, image_grid_hws)
+        embeds = self.embed(input_ids[None], pixel_values, image_grid_hws, image_order)
         context = self._context(embeds, cu_seqlens, None, None, None, False)
         hidden = self.language_model.model(inputs_embeds=embeds, **context).last_hidden_state[0]
         chosen = (targets != self.config.ignore_index).nonzero().squeeze(1)

@@ -13,10 +13,11 @@ Legend: P patches, h w grid of an image in patches.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -26,9 +27,15 @@ from kimivl.model.vision import MAX_SIDE, normalise
 
 IMAGE_TOKEN = "<|media_pad|>"
 
+Resize = Literal["torch", "pil"]
+
 
 class KimiVLImageProcessor(BaseImageProcessor):
-    """Images to patches and grids. Pure arithmetic and PIL: no torchvision."""
+    """Images to patches and grids. No torchvision.
+
+    `resize` chooses who scales down, both bicubic with antialiasing: "torch" is about 4 times as fast, and on
+    photographs at most 2/255 away from "pil", which has the official processor's pixels.
+    """
 
     model_input_names = ["pixel_values", "image_grid_hws"]
 
@@ -40,17 +47,26 @@ class KimiVLImageProcessor(BaseImageProcessor):
         pad_input: bool = True,
         image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
+        resize: Resize = "torch",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if set(image_mean) | set(image_std) != {0.5} or not pad_input:
             raise ValueError("Kimi-VL's image processor has mean = std = 0.5 and pad_input = true")
+        if resize not in get_args(Resize):
+            raise ValueError(f"the image processor's resize must be one of {get_args(Resize)}, got {resize!r}")
         self.patch_size = patch_size
         self.merge_kernel_size = list(merge_kernel_size)
         self.in_token_limit = in_token_limit
         self.pad_input = pad_input
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.resize = resize
+
+    def settings(self) -> dict[str, Any]:
+        """What decides an image's grid and patches."""
+        names = ("patch_size", "merge_kernel_size", "in_token_limit", "resize")
+        return {name: getattr(self, name) for name in names}
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """(h, w) in patches, after scaling and padding, of an image of width x height pixels."""
@@ -60,26 +76,50 @@ class KimiVLImageProcessor(BaseImageProcessor):
         """Tokens of the language model for a grid (h, w)."""
         return grid[0] * grid[1] // math.prod(self.merge_kernel_size)
 
-    def patches(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """(P, 3, 14, 14) uint8 patches in raster order, and the grid (h, w)."""
-        width, height = self._scaled(*image.size)
+    def patches(self, image: np.ndarray | Image.Image, out: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """(P, 3, 14, 14) uint8 patches in raster order, and the grid (h, w).
+
+        Args:
+            image: (H, W, 3) uint8 pixels, or a PIL image of any mode.
+            out: (P, 3, 14, 14) uint8, where the patches are written; `grid` tells P.
+        """
+        pixels = self._scaled_pixels(image)
+        height, width = pixels.shape[1:]
         h, w = self._grid(width, height)
-        if (width, height) != image.size:
-            image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
         size = self.patch_size
-        padded = np.zeros((h * size, w * size, 3), dtype=np.uint8)
-        padded[:height, :width] = np.asarray(image.convert("RGB"))
-        cut = torch.from_numpy(padded).view(h, size, w, size, 3).permute(0, 2, 4, 1, 3)
-        return cut.reshape(h * w, 3, size, size), (h, w)
+        if out is None:
+            out = torch.empty(h * w, 3, size, size, dtype=torch.uint8)
+        padded = torch.zeros(3, h * size, w * size, dtype=torch.uint8)
+        padded[:, :height, :width] = pixels
+        # A row of a patch lies together in both, so it is copied as one item of 14 bytes: 3 times as fast as pixels.
+        rows = padded.view(3, h, size, w, size).numpy().view(f"V{size}").squeeze(-1)
+        out.view(h, w, 3, size, size).numpy().view(f"V{size}").squeeze(-1)[...] = rows.transpose(1, 3, 0, 2)
+        return out, (h, w)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """`pixel_values` (P, 3, 14, 14) float32 normalised, and `image_grid_hws` (n_images, 2), of all images."""
-        cut = [self.patches(_as_pil(image)) for image in _flatten(images)]
+        cut = [self.patches(image) for image in _flatten(images)]
         data = {
             "pixel_values": normalise(torch.cat([patches for patches, _ in cut])),
             "image_grid_hws": torch.tensor([grid for _, grid in cut], dtype=torch.int64),
         }
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _scaled_pixels(self, image: np.ndarray | Image.Image) -> Tensor:
+        """(3, H, W) uint8 within the patch budget, a view of pixels that may lie in any order."""
+        if self.resize == "pil":
+            image = _as_pil(image)
+            scaled = self._scaled(*image.size)
+            if scaled != image.size:
+                image = image.resize(scaled, resample=Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(_as_array(image)).permute(2, 0, 1)
+        height, width = pixels.shape[1:]
+        scaled = self._scaled(width, height)
+        if self.resize == "pil" or scaled == (width, height):
+            return pixels
+        size = (scaled[1], scaled[0])
+        # torch has a fast path for uint8 pixels that lie channels last, as these do.
+        return F.interpolate(pixels.unsqueeze(0), size=size, mode="bicubic", antialias=True).squeeze(0)
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """Size in pixels within the patch budget; images are never scaled up."""
@@ -167,9 +207,16 @@ def _flatten(images: Any) -> list[Any]:
 
 
 def _as_pil(image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(_as_array(image))
+
+
+def _as_array(image: Any) -> np.ndarray:
+    """(H, W, 3) uint8 pixels that torch may share."""
     if isinstance(image, Image.Image):
-        return image
+        return np.array(image.convert("RGB"))
     array = np.asarray(image)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an image must be a PIL image or a uint8 array (height, width, 3), got {array.dtype}")
-    return Image.fromarray(array)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(
+            f"an image must be a PIL image or a uint8 array (height, width, 3), got {array.dtype} {array.shape}"
+        )
+    return array if array.flags.writeable and min(array.strides) > 0 else array.copy()

@@ -5,14 +5,19 @@ chat format, so that code which asks for tokens by name works with either. Facts
 released tokenizer files.
 """
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 # The official ids: 163,584 ranks, then 256 reserved ids of which these have a name.
 SPECIAL_TOKENS: dict[str, int] = {
@@ -153,3 +158,90 @@ def _wrap(bpe: Tokenizer, special_tokens: list[str]) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+MAX_PIECE, MAX_RUN = 400_000, 25_000
+"""The official code encodes pieces of so many characters, with runs of (non-)space characters no longer than this."""
+_LONG_RUN = re.compile(rf"\S{{{MAX_RUN + 1},}}|\s{{{MAX_RUN + 1},}}")
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray]:
+    """The fastest way from a text to the tokenizer's (L,) int64 ids; the names of special tokens are ordinary text.
+
+    A tokenizer converted from tiktoken ranks goes back to tiktoken, which is 5 to 8 times as fast; any other encodes by
+    itself. The result can be pickled.
+    """
+    ranks = _tiktoken_ranks(tokenizer.backend_tokenizer)
+    return TokenizerEncoder(tokenizer) if ranks is None else TiktokenEncoder(ranks)
+
+
+class TiktokenEncoder:
+    """Encodes by tiktoken, cutting long texts where the official code cuts them."""
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        # Told of no special token at all, tiktoken would stop at each character to look for one.
+        special = {"[EOS]": max(ranks.values()) + 1}
+        self._encoding = tiktoken.Encoding(
+            "kimi-vl", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
+
+    def __call__(self, text: str) -> np.ndarray:
+        if len(text) <= MAX_RUN:
+            return self._encode(text)
+        return np.concatenate([self._encode(piece) for piece in _pieces(text)])
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+
+
+class TokenizerEncoder:
+    """Encodes by a tokenizer of the tokenizers library."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> np.ndarray:
+        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return np.array(ids, dtype=np.int64)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces as the official code cuts it."""
+    for start in range(0, len(text), MAX_PIECE):
+        piece = text[start : start + MAX_PIECE]
+        cuts = [cut for run in _LONG_RUN.finditer(piece) for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN)]
+        for begin, end in zip([0, *cuts], [*cuts, len(piece)], strict=True):
+            yield piece[begin:end]
+
+
+def _tiktoken_ranks(bpe: Tokenizer) -> dict[bytes, int] | None:
+    """The tiktoken ranks that a tokenizer was converted from, or None where it was not."""
+    spec = json.loads(bpe.to_str())
+    blank = Tokenizer(BPE(ignore_merges=True))
+    blank.pre_tokenizer = _byte_level_split(SPLIT_PATTERN)
+    wanted = json.loads(blank.to_str())
+    vocab, merges = spec["model"].pop("vocab", {}), spec["model"].pop("merges", [])
+    for part in ("vocab", "merges"):
+        del wanted["model"][part]
+    alike = all(spec[part] == wanted[part] for part in ("model", "pre_tokenizer", "normalizer"))
+    if not alike or not all(token["special"] for token in spec["added_tokens"]):
+        return None
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    spelled_in_bytes = set("".join(vocab)) == letters.keys() <= vocab.keys()
+    if not spelled_in_bytes or not _are_merges_of_ranks(vocab, merges):
+        return None
+    to_bytes = {ord(letter): byte for letter, byte in letters.items()}
+    return {word.translate(to_bytes).encode("latin-1"): rank for word, rank in vocab.items()}
+
+
+def _are_merges_of_ranks(vocab: dict[str, int], merges: list[list[str]]) -> bool:
+    """Whether the merges are those that the conversion makes: all ways to cut each word in two words, by their ranks.
+
+    Then, as in tiktoken, the next merge is always the one that makes the word of the lowest rank. A trained BPE knows
+    one way to make a word, and by the others its ids could differ.
+    """
+    order = [(vocab[left + right], vocab[left], vocab[right]) for left, right in merges]
+    if any(later <= earlier for earlier, later in pairwise(order)):
+        return False
+    cuts = sum(word[:cut] in vocab and word[cut:] in vocab for word in vocab for cut in range(1, len(word)))
+    return cuts == len(merges)

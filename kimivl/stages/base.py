@@ -111,6 +111,10 @@ class StageModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._train_started = time.perf_counter()
+        self.log_dropped()
+
+    def log_dropped(self) -> None:
+        """``data/dropped/<reason>``: the samples left out so far."""
         dropped = {f"data/dropped/{reason}": count for reason, count in self.datamodule.dropped.items()}
         for logger in self.loggers if dropped else ():
             logger.log_metrics(dropped, step=self.global_step)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import rich.progress
@@ -14,9 +15,12 @@ from torch.utils.data import DataLoader
 
 from kimivl.checkpoint import load_processor
 from kimivl.data.chat import SampleEncoder
-from kimivl.data.index import Index, build_index
-from kimivl.data.sample import Sample
+from kimivl.data.index import Index
+from kimivl.data.sample import SampleError
+from kimivl.data.scan import Check, build_index
 from kimivl.data.shards import expand
+from kimivl.data.storage import Storage
+from kimivl.model.tokenizer import text_encoder
 from kimivl.rl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -54,10 +58,13 @@ class StageDataModule(LightningDataModule):
 
     Args:
         processor: folder with the tokenizer (and image processor).
-        shards, val_shards, test_shards: paths, braces and globs. The held-out ones hold problems with answers.
+        shards, val_shards, test_shards: paths, URLs, braces, globs and folders. The held-out ones hold problems with
+            answers.
         phases: the schedule, read by the loader and by the learning rate.
         prepare: called once before anything is read; a task that makes its own data puts it there.
-        max_dropped: share of unusable samples above which a shard set is refused.
+        max_dropped: share of unusable samples above which a shard set is refused, and a run stopped.
+        cache: folder for blocks of remote shards, and for indexes that cannot lie beside their shards.
+        cache_gb: most that those blocks take on disk, in 10^9 bytes.
         seed: of the order of the data.
     """
 
@@ -72,6 +79,8 @@ class StageDataModule(LightningDataModule):
         phases: Sequence[dict[str, Any]],
         prepare: Callable[[], Any] | None = None,
         max_dropped: float = 0.01,
+        cache: str | None = None,
+        cache_gb: float = 64.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -83,8 +92,11 @@ class StageDataModule(LightningDataModule):
         self.phases = [_phase(phase) for phase in phases]
         self.prepare = prepare
         self.max_dropped = max_dropped
+        self.cache = None if cache is None else Path(cache)
+        self.storage = Storage(self.cache, int(cache_gb * 1e9))
         self.seed = seed
-        self._problems: dict[str, list[Problem]] = {}
+        self.unread: Counter[str] = Counter()
+        self._held_out: dict[str, Index] = {}
 
     @property
     def max_epochs(self) -> int:
@@ -100,29 +112,40 @@ class StageDataModule(LightningDataModule):
         if hasattr(self, "processor"):
             return
         self.processor = load_processor(self.processor_folder)
-        self.encoder = SampleEncoder(self.processor.tokenizer, self.processor.image_processor)
+        tokenizer = self.processor.tokenizer
+        self.encoder = SampleEncoder(tokenizer, self.processor.image_processor, text_encoder(tokenizer))
         self.index = self.make_index(self.shards, self.trains_on_problems, self.sample_check)
 
-    def sample_check(self, sample: Sample) -> None:
+    @property
+    def sample_check(self) -> Check | None:
         """A stage's own test of each training sample; raises ``SampleError`` to drop it."""
+        return None
 
-    def make_index(
-        self, shards: str | list[str], problems: bool, check: Callable[[Sample], None] | None = None
-    ) -> Index:
+    def make_index(self, shards: str | list[str], problems: bool, check: Check | None = None) -> Index:
         """Index a shard set, and say what was dropped."""
-        paths = expand(shards)
-        track = partial(rich.progress.track, description=f"reading {len(paths)} shards", transient=True)
+        found = expand(shards, self.storage)
+
+        def track(done: Iterable[None], total: int) -> Iterable[None]:
+            return rich.progress.track(done, f"indexing {total} shards", total, transient=True)
+
         index = build_index(
-            paths, self.encoder, prompts=problems, check=check, max_dropped=self.max_dropped, track=track
+            found,
+            self.encoder,
+            self.storage,
+            prompts=problems,
+            check=check,
+            max_dropped=self.max_dropped,
+            folder=self.cache,
+            track=track,
         )
         for reason, count in index.dropped.items():
-            log.warning("%d samples of %s dropped: %s", count, shards, reason)
+            log.warning("%d samples of %s dropped: %s (listed in %s)", count, shards, reason, index.dropped_file)
         return index
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Training samples left out, by reason; logged as ``data/dropped/<reason>``."""
-        return dict(self.index.dropped)
+        """Training samples left out so far, by reason; logged as ``data/dropped/<reason>``."""
+        return dict(Counter(self.index.dropped) + self.unread)
 
     def phase_of(self, epoch: int) -> Phase:
         """The phase that an epoch of the run belongs to."""
@@ -141,13 +164,33 @@ class StageDataModule(LightningDataModule):
         """``[{"steps": optimiser steps, "lr": [start, end]}, ...]``, one per phase."""
         raise NotImplementedError
 
-    def read_problem(self, index: Index, number: int) -> Problem:
+    def read_problems(self, index: Index, numbers: Iterable[int]) -> list[Problem]:
+        """The problems of these numbers; one that cannot be read is left out and counted under ``unread``.
+
+        Raises:
+            ValueError: when more than ``max_dropped`` of the set could not be read.
+        """
+        problems = []
+        for number in numbers:
+            try:
+                problems.append(self._read_problem(index, number))
+            except SampleError as fault:
+                self.unread[fault.reason] += 1
+                log.warning("left out: %s", fault)
+                if self.unread.total() > self.max_dropped * len(index):
+                    raise ValueError(
+                        f"{self.unread.total()} problems could not be read, more than data.max_dropped="
+                        f"{self.max_dropped} allows; the last: {fault}"
+                    ) from fault
+        return problems
+
+    def _read_problem(self, index: Index, number: int) -> Problem:
         sample = index.read(number)
         parts = next(message for message in reversed(sample.messages) if message["role"] == "user")["content"]
         return Problem(
             number=number,
             key=sample.key,
-            prompt=self.encoder.encode_prompt(sample),
+            prompt=self.encoder.encode_prompt(sample, index.shard_of(number)),
             question=" ".join("[image]" if part["type"] == "image" else part["text"] for part in parts),
             answer=str(sample.answer),
             difficulty=int(index.difficulty[number]),
@@ -157,10 +200,14 @@ class StageDataModule(LightningDataModule):
         shards = self.held_out[split]
         if shards is None:
             return []
-        if split not in self._problems:
-            index = self.make_index(shards, problems=True)
-            self._problems[split] = [self.read_problem(index, number) for number in range(len(index))]
-        return DataLoader(self._problems[split], batch_size=EVALUATION_BATCH, collate_fn=list)  # type: ignore[arg-type]
+        if split not in self._held_out:
+            self._held_out[split] = self.make_index(shards, problems=True)
+        index = self._held_out[split]
+        # Read when their turn comes: a held-out set with its images need not fit into memory.
+        numbers: Any = range(len(index))
+        return DataLoader(
+            numbers, batch_size=EVALUATION_BATCH, collate_fn=lambda chosen: self.read_problems(index, chosen)
+        )
 
     def val_dataloader(self) -> Any:
         return self._held_out_loader("val")

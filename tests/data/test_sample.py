@@ -57,6 +57,11 @@ FAULTS = {
     "not utf-8": ({"json": b"\xff\xfe\x00"}, "bad_json"),
     "a list": ({"json": b"[]"}, "bad_json"),
     "no messages": (members([]), "bad_json"),
+    "brackets without end": ({"json": b'{"messages":' + b"[" * 100_000}, "bad_json"),
+    "a number without end": ({"json": b'{"messages":' + b"9" * 100_000 + b"}"}, "bad_json"),
+    "half a character in the text": (members([{"role": "user", "content": "\ud83d"}], images={}), "bad_json"),
+    "half a character in the answer": (members(answer="\udc00"), "bad_json"),
+    "half a character in the source": (members(source="a\ud800"), "bad_json"),
     "a strange role": (members([{"role": "tool", "content": "x"}], images={}), "bad_json"),
     "a strange part": (members([{"role": "user", "content": [{"type": "video"}]}], images={}), "bad_json"),
     "text that is a number": (members([{"role": "user", "content": [{"type": "text", "text": 3}]}]), "bad_json"),
@@ -86,6 +91,24 @@ def test_faults_have_a_reason_and_name_sample_and_shard(parts: dict[str, bytes],
     error = caught.value
     assert (error.reason, error.key, error.shard) == (reason, "cat-7", "rl-000003.tar")
     assert "cat-7" in str(error) and "rl-000003.tar" in str(error)
+
+
+def test_images_that_were_checked_before_are_not_looked_at_again():
+    half = PNG[: len(PNG) // 2]
+    assert parse_sample("a", members(images={"0.png": half}), check_images=False).images == (half,)
+    with pytest.raises(SampleError, match="image_count"):
+        parse_sample("a", members(images={}), check_images=False)
+
+
+def test_members_that_are_no_numbered_images_are_left_alone():
+    images = {"0.PNG": PNG, "thumb.png": PNG, "1.txt": b"", "²5.png": PNG, "9" * 5000 + ".png": PNG}
+    assert parse_sample("a", members(images=images)).images == (PNG,)
+
+
+def test_what_is_said_of_a_fault_stays_short():
+    with pytest.raises(SampleError) as caught:
+        parse_sample("a", members(answer=["x" * 10**6]))
+    assert len(str(caught.value)) < 500
 
 
 def test_a_fault_crosses_process_borders_whole():

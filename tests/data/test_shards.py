@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from range_server import RangeServer
 
+from kimivl.data import shards, storage
 from kimivl.data.sample import Sample, SampleError
-from kimivl.data.shards import Record, expand, read_sample, scan_shard, write_shards
+from kimivl.data.shards import Record, parse_span, read_sample, scan_shard, write_shard, write_shards
+from kimivl.data.storage import Storage
+
+LOCAL = Storage()
 
 
 def make_sample(number: int, images: int = 1) -> Sample:
@@ -42,7 +48,7 @@ def shard(samples: list[Sample], tmp_path: Path) -> Path:
 
 def scan(path: Path) -> tuple[list[Record], list[SampleError]]:
     faults: list[SampleError] = []
-    return list(scan_shard(path, faults.append)), faults
+    return list(scan_shard(LOCAL, str(path), faults.append)), faults
 
 
 def test_every_sample_comes_back_equal(samples: list[Sample], tmp_path: Path):
@@ -52,7 +58,7 @@ def test_every_sample_comes_back_equal(samples: list[Sample], tmp_path: Path):
     for path in paths:
         records, faults = scan(path)
         assert not faults
-        back += [read_sample(path, record.offset, record.size) for record in records]
+        back += [read_sample(LOCAL, str(path), record.offset, record.size) for record in records]
     assert back == samples
 
 
@@ -89,6 +95,17 @@ def test_shards_of_a_longer_earlier_set_are_removed(samples: list[Sample], tmp_p
     assert names == ["set-000000.tar", "set-000001.tar", "set-extra.tar"]
 
 
+def test_one_shard_is_written_whole_or_not_at_all(samples: list[Sample], tmp_path: Path):
+    path = tmp_path / "one.tar"
+    write_shard(iter(samples), path)
+    assert path.read_bytes() == write_shards(samples, tmp_path / "set")[0].read_bytes()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="twice"):
+        write_shard([samples[0], samples[0]], path)
+    assert path.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"one.tar", "set-000000.tar"}
+
+
 @pytest.mark.parametrize("key", ["", "a.b", "__meta", "/a"])
 def test_keys_that_cannot_name_members_are_refused(key: str, tmp_path: Path):
     with pytest.raises(ValueError, match="sample key"):
@@ -100,32 +117,28 @@ def test_a_key_used_twice_is_refused(samples: list[Sample], tmp_path: Path):
         write_shards([samples[0], samples[0]], tmp_path / "set")
 
 
-def test_braces_and_globs_expand_sorted_and_once(tmp_path: Path):
-    names = [f"rl-{i:03d}.tar" for i in range(4)]
-    for name in [*reversed(names), "odd[1].tar"]:
-        (tmp_path / name).touch()
-    wanted = [tmp_path / name for name in names]
-    assert expand(f"{tmp_path}/rl-{{000..003}}.tar") == wanted
-    assert expand([f"{tmp_path}/rl-*.tar", str(tmp_path / names[1])]) == wanted
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "rl-001.tar").touch()
-    assert expand(f"{tmp_path}/*/rl-00[12].tar") == [tmp_path / "deep" / "rl-001.tar"]
-    assert expand(f"{tmp_path}/odd[1].tar") == [tmp_path / "odd[1].tar"]
+def test_a_remote_shard_gives_the_same_samples(samples: list[Sample], shard: Path, tmp_path: Path):
+    with RangeServer(tmp_path) as server:
+        url, store = f"{server.url}/{shard.name}", Storage(tmp_path / "cache", backoff=0.001)
+        server.fail = 2
+        records = list(scan_shard(store, url, lambda fault: pytest.fail(str(fault))))
+        assert records == scan(shard)[0]
+        assert [read_sample(store, url, record.offset, record.size) for record in records] == samples
 
 
-@pytest.mark.parametrize("pattern", ["rl-{000..004}.tar", "none-*.tar", "gone.tar"])
-def test_a_pattern_without_a_file_is_named(pattern: str, tmp_path: Path):
-    for i in range(4):
-        (tmp_path / f"rl-{i:03d}.tar").touch()
-    missing = pattern.replace("{000..004}", "004")
-    with pytest.raises(ValueError) as caught:
-        expand([f"{tmp_path}/rl-000.tar", f"{tmp_path}/{pattern}"])
-    assert missing in str(caught.value)
-
-
-def test_no_pattern_at_all_is_an_error():
-    with pytest.raises(ValueError, match=r"data\.shards"):
-        expand([])
+def test_a_remote_shard_that_vanishes_in_mid_scan_is_told_once(
+    samples: list[Sample], shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(storage, "REMOTE_BUFFER", 1024)
+    with RangeServer(tmp_path) as server:
+        url, faults, keys = f"{server.url}/{shard.name}", list[SampleError](), list[str]()
+        for record in scan_shard(Storage(tmp_path / "cache", backoff=0.001), url, faults.append):
+            keys.append(record.key)
+            server.gone = len(keys) >= 4
+    assert 4 <= len(keys) < len(samples)
+    assert [(fault.reason, fault.shard) for fault in faults] == [("io_error", url)]
+    assert "does not exist" in str(faults[0])
 
 
 def test_wherever_a_shard_is_cut_whole_samples_survive_and_the_loss_is_told(shard: Path, tmp_path: Path):
@@ -142,7 +155,7 @@ def test_wherever_a_shard_is_cut_whole_samples_survive_and_the_loss_is_told(shar
         assert any(fault.reason == "truncated_shard" and str(cut) in str(fault) for fault in faults)
         for record in survivors[len(whole) :]:  # its text is there, and its images are found missing
             with pytest.raises(SampleError):
-                read_sample(cut, record.offset, record.size)
+                read_sample(LOCAL, str(cut), record.offset, record.size)
 
 
 def test_a_cut_inside_a_member_names_its_sample(shard: Path, tmp_path: Path):
@@ -164,7 +177,15 @@ def test_a_damaged_header_costs_only_its_own_sample(shard: Path):
     for record in survivors:
         if record not in others:  # its text alone
             with pytest.raises(SampleError, match="image_count"):
-                read_sample(shard, record.offset, record.size)
+                read_sample(LOCAL, str(shard), record.offset, record.size)
+
+
+def picture() -> bytes:
+    return make_sample(0).images[0]
+
+
+def text_of(parts: list[dict]) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "hi"}]}]}).encode()
 
 
 def tar_of(path: Path, names: Iterator[str] | list[str]) -> Path:
@@ -183,18 +204,94 @@ def test_keys_that_come_back_and_samples_without_text_are_told(tmp_path: Path):
     assert [(fault.reason, fault.key) for fault in faults] == [("missing_member", "b"), ("duplicate_key", "a")]
 
 
-def test_long_names_of_other_writers_are_read(tmp_path: Path):
-    key = "x" * 150 + "/" + "y" * 120
-    for number, form in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
-        path = tmp_path / f"{number}.tar"
-        with tarfile.open(path, "w", format=form) as tar:
-            info = tarfile.TarInfo(f"{key}.json")
-            text = json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode()
-            info.size = len(text)
-            tar.addfile(info, io.BytesIO(text))
-        (record,), faults = scan(path)
-        assert not faults
-        assert read_sample(path, record.offset, record.size).key == key
+def test_neighbours_of_one_name_are_told(tmp_path: Path):
+    path = tar_of(tmp_path / "twice.tar", ["a.json", "a.json"])
+    ((record,), faults) = scan(path)
+    assert not faults
+    with pytest.raises(SampleError, match="two members") as caught:
+        read_sample(LOCAL, str(path), record.offset, record.size)
+    assert (caught.value.reason, caught.value.key) == ("duplicate_key", "a")
+
+
+def test_what_lies_between_the_members_of_a_sample_is_left_out(tmp_path: Path):
+    path = tmp_path / "mixed.tar"
+    members = {"a.0.png": picture(), "folder/": None, "README": b"x", "__meta__.json": b"[]"}
+    members["a.json"] = text_of([{"type": "image"}])
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type = (0, tarfile.DIRTYPE) if data is None else (len(data), tarfile.REGTYPE)
+            tar.addfile(info, io.BytesIO(data or b""))
+    ((record,), faults) = scan(path)
+    assert not faults
+    sample = read_sample(LOCAL, str(path), record.offset, record.size)
+    assert (sample.key, sample.images) == ("a", (members["a.0.png"],))
+
+
+def test_names_that_are_not_utf8_are_told_in_a_form_that_can_be_written(tmp_path: Path):
+    path = tar_of(tmp_path / "odd.tar", ["a.json", "b\udcff.json", "c.json"])
+    records, faults = scan(path)
+    assert [record.key for record in records] == ["a", "c"]
+    assert [fault.reason for fault in faults] == ["bad_shard"]
+    str(faults[0]).encode(), faults[0].key.encode()
+
+
+def test_a_sample_above_the_limit_is_told_and_not_read(shard: Path, monkeypatch: pytest.MonkeyPatch):
+    records, _ = scan(shard)
+    largest = max(record.size for record in records)
+    monkeypatch.setattr(shards, "MAX_SAMPLE_BYTES", largest - 1)
+    kept, faults = scan(shard)
+    assert kept == [record for record in records if record.size < largest]
+    assert {fault.reason for fault in faults} == {"too_large"}
+    assert {fault.key for fault in faults} == {record.key for record in records if record.size == largest}
+
+
+def test_a_header_that_promises_gigabytes_of_name_is_damage(tmp_path: Path):
+    path = tmp_path / "bomb.tar"
+    bomb = tarfile.TarInfo("bomb")
+    bomb.type, bomb.size = tarfile.GNUTYPE_LONGNAME, 2**32
+    tar_of(path, ["a.json"])
+    path.write_bytes(bomb.tobuf(tarfile.GNU_FORMAT) + path.read_bytes())
+    records, faults = scan(path)
+    assert [record.key for record in records] == ["a"]
+    assert [fault.reason for fault in faults] == ["bad_shard"]
+
+
+def test_a_shard_that_vanished_is_told_once_and_the_others_are_read(samples: list[Sample], tmp_path: Path):
+    paths = write_shards(samples, tmp_path / "set", samples_per_shard=4)
+    record = scan(paths[1])[0][0]
+    paths[1].unlink()
+    faults: list[SampleError] = []
+    keys = [record.key for path in paths for record in scan_shard(LOCAL, str(path), faults.append)]
+    assert len(keys) == 6
+    assert [(fault.reason, fault.shard) for fault in faults] == [("io_error", str(paths[1]))]
+    with pytest.raises(SampleError) as caught:
+        read_sample(Storage(), str(paths[1]), record.offset, record.size, key="k7")
+    assert (caught.value.reason, caught.value.key, caught.value.shard) == ("io_error", "k7", str(paths[1]))
+
+
+def test_bytes_that_changed_since_the_index_are_told(shard: Path):
+    records, _ = scan(shard)
+    record, data = records[2], bytearray(shard.read_bytes())
+    crc32 = zlib.crc32(data[record.offset : record.offset + record.size])
+    read_sample(LOCAL, str(shard), record.offset, record.size, crc32)
+    data[record.offset + record.size // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(SampleError, match="changed since") as caught:
+        read_sample(LOCAL, str(shard), record.offset, record.size, crc32, record.key)
+    assert (caught.value.reason, caught.value.key) == ("bad_shard", record.key)
+
+
+def test_the_images_of_a_verified_span_are_not_checked_again(tmp_path: Path):
+    path = tmp_path / "half.tar"
+    half = picture()[:100]
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        writer.write({"__key__": "a", "0.png": half, "json": text_of([{"type": "image"}])})
+    ((record,), _) = scan(path)
+    span = path.read_bytes()[record.offset : record.offset + record.size]
+    assert read_sample(LOCAL, str(path), record.offset, record.size, zlib.crc32(span)).images == (half,)
+    with pytest.raises(SampleError, match="bad_image"):
+        parse_span(span, str(path))
 
 
 def test_something_that_is_no_tar_is_told(tmp_path: Path):
@@ -208,8 +305,8 @@ def test_something_that_is_no_tar_is_told(tmp_path: Path):
 def test_a_span_that_no_longer_fits_the_file_is_told(shard: Path):
     records, _ = scan(shard)
     with pytest.raises(SampleError, match="changed") as caught:
-        read_sample(shard, records[-1].offset, 10**6)
+        read_sample(LOCAL, str(shard), records[-1].offset, 10**6)
     assert caught.value.reason == "truncated_shard"
     with pytest.raises(SampleError) as caught:
-        read_sample(shard, records[1].offset + 512, records[1].size)
+        read_sample(LOCAL, str(shard), records[1].offset + 512, records[1].size)
     assert str(shard) in str(caught.value)

@@ -98,6 +98,26 @@ def test_gradient_reaches_every_parameter(tiny, samples):
     assert not any(name.endswith("e_score_correction_bias") for name, _ in tiny.named_parameters())
 
 
+def test_a_shared_image_equals_its_copies(tiny_config, make_sample):
+    """Responses to one problem refer to its pictures; values and gradients are those of copies."""
+    torch.manual_seed(0)
+    model = KimiVLForConditionalGeneration(tiny_config)
+    one, other = make_sample(20, (2, 4), (4, 4)), make_sample(14, (2, 2))
+    ids, cu_seqlens, pixels, grids = pack([one, other, one, one])
+    targets = shifted_targets(ids, cu_seqlens)
+    shared_pixels, shared_grids = torch.cat([one[1], other[1]]), torch.tensor(one[2] + other[2])
+    order = torch.tensor([0, 1, 2, 0, 1, 0, 1])
+    results = []
+    for inputs in ((pixels, grids, 1.0, None), (shared_pixels, shared_grids, 1.0, order)):
+        model.zero_grad()
+        logp = model.target_log_probs(ids, targets, cu_seqlens, *inputs)
+        logp.sum().backward()
+        results.append((logp.detach(), {name: weight.grad for name, weight in model.named_parameters()}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # not in 5.17 under its new name
 def test_recomputed_activations_give_the_same_gradient(tiny_config, samples):
     torch.manual_seed(0)

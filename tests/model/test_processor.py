@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from transformers import AutoProcessor
 
 from kimivl.model import KimiVLImageProcessor, KimiVLProcessor
@@ -75,6 +76,67 @@ def test_other_modes_are_converted():
     for mode in ("L", "RGBA", "P", "1"):
         patches, grid = KimiVLImageProcessor().patches(picture(40, 40, mode))
         assert grid == (4, 4) and patches.shape == (16, 3, 14, 14)
+
+
+@pytest.mark.parametrize("size", [(1280, 853), (2000, 1300), (700, 3000)])
+def test_resize_by_torch_is_close_to_that_by_pil(size):
+    for photograph in load_sample_images().images:
+        image = Image.fromarray(photograph).resize(size)
+        ours, grid = KimiVLImageProcessor().patches(np.array(image))
+        reference, same_grid = KimiVLImageProcessor(resize="pil").patches(image)
+        assert grid == same_grid
+        assert (ours.int() - reference.int()).abs().max() <= 2
+
+
+def test_resize_pil_has_the_pixels_of_pil():
+    image = picture(600, 451)
+    images = KimiVLImageProcessor(in_token_limit=256, resize="pil")
+    patches, (h, w) = images.patches(image)
+    width, height = int(600 * (256 / (42 * 32)) ** 0.5), int(451 * (256 / (42 * 32)) ** 0.5)
+    canvas = np.zeros((14 * h, 14 * w, 3), dtype=np.uint8)
+    canvas[:height, :width] = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    rows = canvas.reshape(h, 14, w, 14, 3).transpose(0, 2, 4, 1, 3)
+    assert np.array_equal(patches.numpy(), rows.reshape(-1, 3, 14, 14))
+
+
+@pytest.mark.parametrize("resize", ["torch", "pil"])
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (29, 57), (300, 200), (640, 427)])
+def test_arrays_and_pil_images_give_the_same_patches(resize, size):
+    images = KimiVLImageProcessor(in_token_limit=256, resize=resize)
+    image = picture(*size)
+    pixels = np.array(image)
+    for other in (pixels, np.asarray(image), pixels[::-1].copy()[::-1]):  # plain, read-only, stored upside down
+        assert torch.equal(images.patches(other)[0], images.patches(image)[0])
+
+
+def test_patches_are_written_where_they_are_wanted():
+    images = KimiVLImageProcessor(in_token_limit=64)
+    buffer = torch.full((200, 3, 14, 14), 7, dtype=torch.uint8)
+    expected, (h, w) = images.patches(picture(300, 200))
+    patches, _ = images.patches(picture(300, 200), buffer[5 : 5 + h * w])
+    assert patches.data_ptr() == buffer[5].data_ptr()
+    assert torch.equal(buffer[5 : 5 + h * w], expected)
+    assert (buffer[:5] == 7).all() and (buffer[5 + h * w :] == 7).all()
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)])
+def test_arrays_of_other_kinds_are_refused(array):
+    with pytest.raises(ValueError, match=r"uint8 array \(height, width, 3\), got"):
+        KimiVLImageProcessor().patches(array)
+
+
+def test_an_unknown_resize_is_refused():
+    with pytest.raises(ValueError, match="'torch', 'pil'"):
+        KimiVLImageProcessor(resize="nearest")
+
+
+def test_resize_is_part_of_the_settings_and_of_the_saved_config(tmp_path):
+    for resize in ("torch", "pil"):
+        images = KimiVLImageProcessor(resize=resize, in_token_limit=64)
+        images.save_pretrained(tmp_path)
+        loaded = KimiVLImageProcessor.from_pretrained(tmp_path)
+        assert loaded.settings() == images.settings()
+        assert loaded.settings()["resize"] == resize
 
 
 def test_512_patches_on_a_side_is_an_error():

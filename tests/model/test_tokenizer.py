@@ -1,9 +1,13 @@
 """The tokenizer: exact chat format, ordinary text stays ordinary, and ids equal tiktoken's."""
 
 import base64
+import json
+import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -12,11 +16,16 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from kimivl.model.tokenizer import (
+    MAX_PIECE,
+    MAX_RUN,
     OFFICIAL_RANKS,
     RESERVED,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
+    TiktokenEncoder,
+    TokenizerEncoder,
     load_tokenizer,
+    text_encoder,
     train_tokenizer,
 )
 
@@ -192,10 +201,7 @@ def test_ids_equal_tiktoken_on_varied_text(official):
 
 def test_ids_equal_tiktoken_on_random_unicode(official):
     ours, theirs = official
-    rng = random.Random(0)
-    letters = "aaabcAB'sSlL  \t\n\r019,.-!_汉字のカ한éÉǅʰ́½٣🙂◁▷\u3000\u200b"
-    for _ in range(1500):
-        text = "".join(rng.choices(letters, k=rng.randrange(1, 30)))
+    for text in random_texts(1500, seed=1):
         assert ours.encode(text) == theirs.encode_ordinary(text), repr(text)
 
 
@@ -207,6 +213,117 @@ def test_special_ids_lie_behind_the_ranks_as_in_the_official_file(official):
     chat = render(ours, user("IMAGE", "Hi"), generate=True)
     assert ours.encode(chat) == theirs.encode(chat, allowed_special="all")
     assert ours.encode(chat, split_special_tokens=True) == theirs.encode_ordinary(chat)
+
+
+def random_texts(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    letters = "aaabcAB'sSlL  \t\n\r019,.-!_汉字のカ한éÉǅʰ́½٣🙂◁▷\u3000\u200b"
+    return ["".join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module", params=["converted", "saved and loaded"])
+def encode(request, official, tmp_path_factory) -> Callable[[str], np.ndarray]:
+    """A text encoder of the official layout."""
+    tokenizer, _ = official
+    if request.param == "saved and loaded":
+        folder = tmp_path_factory.mktemp("saved")
+        tokenizer.save_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+    return text_encoder(tokenizer)
+
+
+def test_the_official_tokenizer_encodes_by_tiktoken_with_the_same_ids(official, encode):
+    ours, theirs = official
+    assert isinstance(encode, TiktokenEncoder)
+    rng = random.Random(2)
+    periodic = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) * rng.randrange(1, 9) for _ in range(300)]
+    for text in [*TEXTS, *random_texts(500), *periodic]:
+        ids = encode(text)
+        assert ids.dtype == np.int64
+        assert ids.tolist() == ours.encode(text) == theirs.encode_ordinary(text), repr(text)
+    assert encode("").tolist() == []
+
+
+def test_names_of_special_tokens_are_ordinary_text(official, trained, encode):
+    text = "a <|im_end|>[EOS] b"
+    assert encode(text).tolist() == official[0].encode(text, split_special_tokens=True)
+    ordinary = text_encoder(trained)(text)
+    assert ordinary.max() < 330 - len(SPECIAL_TOKENS) and trained.decode(ordinary) == text
+
+
+def test_a_trained_tokenizer_encodes_by_itself(trained):
+    encode = text_encoder(trained)
+    assert isinstance(encode, TokenizerEncoder)
+    for text in [*TEXTS, *random_texts(100)]:
+        assert encode(text).dtype == np.int64 and encode(text).tolist() == trained.encode(text)
+    assert encode("").dtype == np.int64
+
+
+def test_text_encoders_can_be_pickled(trained, encode):
+    for encoder in (encode, text_encoder(trained)):
+        assert pickle.loads(pickle.dumps(encoder))(TEXTS[1]).tolist() == encoder(TEXTS[1]).tolist()
+
+
+def changed(tokenizer: PreTrainedTokenizerFast, change: Callable[[dict], object]) -> PreTrainedTokenizerFast:
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(spec)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
+
+
+def swap_merges(spec: dict) -> None:
+    merges = spec["model"]["merges"]
+    merges[10], merges[-1] = merges[-1], merges[10]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec["model"].update(ignore_merges=False),
+        lambda spec: spec["model"].update(dropout=0.5),
+        lambda spec: spec["model"]["merges"].pop(),
+        swap_merges,
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=SPLIT_PATTERN + "|x"),
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda spec: spec.update(normalizer={"type": "NFC"}),
+        lambda spec: spec.update(pre_tokenizer=None),
+        lambda spec: spec["added_tokens"][0].update(special=False),
+        lambda spec: spec["model"]["vocab"].update({"日": 9_999}),
+    ],
+)
+def test_a_tokenizer_that_differs_from_tiktoken_encodes_by_itself(official, change):
+    assert isinstance(text_encoder(changed(official[0], lambda spec: None)), TiktokenEncoder)
+    assert isinstance(text_encoder(changed(official[0], change)), TokenizerEncoder)
+
+
+def official_pieces(text: str) -> list[str]:
+    """The rule of the facts, letter by letter."""
+    pieces = []
+    for start in range(0, len(text), MAX_PIECE):
+        piece, begin, run = text[start : start + MAX_PIECE], 0, 0
+        for place, letter in enumerate(piece):
+            same = place > 0 and letter.isspace() == piece[place - 1].isspace()
+            run = run + 1 if same else 1
+            if run > MAX_RUN:
+                pieces.append(piece[begin:place])
+                begin, run = place, 1
+        pieces.append(piece[begin:])
+    return pieces
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ab " * 9_000,
+        "a" * MAX_RUN,
+        "a" * (MAX_RUN + 1),
+        "x " + "ab1" * 20_000 + "  " + " \n" * 13_000 + "end",
+        "字" * MAX_RUN * 2 + " ",
+        "word, " * (MAX_PIECE // 6) + "a" * MAX_RUN * 3 + "\u3000\x1c" * MAX_RUN,
+    ],
+)
+def test_long_texts_are_cut_where_the_official_code_cuts_them(official, encode, text):
+    expected = [id_ for piece in official_pieces(text) for id_ in official[1].encode_ordinary(piece)]
+    assert encode(text).tolist() == expected
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path):

@@ -6,6 +6,7 @@ import pytest
 
 from kimivl.data.sample import Sample
 from kimivl.data.shards import expand, read_sample, scan_shard
+from kimivl.data.storage import Storage
 from kimivl.tasks.digits import write
 
 SIZES = {"sft": 1200, "long_cot": 800, "rl": 160, "val": 160, "test": 384}
@@ -18,10 +19,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def read_all(folder: Path, name: str) -> list[Sample]:
-    samples = []
+    samples, storage = [], Storage()
     for path in expand(f"{folder}/{name}-*.tar"):
         faults: list[Exception] = []
-        samples += [read_sample(path, record.offset, record.size) for record in scan_shard(path, faults.append)]
+        records = scan_shard(storage, path, faults.append)
+        samples += [read_sample(storage, path, record.offset, record.size) for record in records]
         assert not faults
     return samples
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from kimivl.data.chat import THINK_CLOSE, THINK_OPEN
 from kimivl.data.sample import Sample, SampleError
+from kimivl.data.scan import Check
 from kimivl.rl.rewards import Verifier, boxed
 from kimivl.stages.sft.datamodule import SFTDataModule
 
@@ -41,5 +43,6 @@ class LongCoTDataModule(SFTDataModule):
         super().__init__(**stage)
         self.verifier = verifier
 
-    def sample_check(self, sample: Sample) -> None:
-        check_chain(sample, self.verifier)
+    @property
+    def sample_check(self) -> Check:
+        return partial(check_chain, verifier=self.verifier)

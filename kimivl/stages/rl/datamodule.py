@@ -61,6 +61,7 @@ class RLDataModule(StageDataModule):
         self.sampling = Sampling(max_new_tokens, temperature)
         self.experience: Experience | None = None
         self.figures: dict[str, float] = {}
+        self._problems: dict[int, Problem] = {}
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "sampler"):
@@ -77,18 +78,36 @@ class RLDataModule(StageDataModule):
         if self.experience is not None and self.experience.iteration == iteration:
             # An interrupted run goes on inside the iteration whose experience its checkpoint holds.
             start = (self.trainer.global_step - iteration * self.updates) * self.trainer.accumulate_grad_batches
+            if not self._problems:
+                self._read_again(self.experience)
         else:
             self.experience = self._collect(iteration)
         packs = self._deal(self.experience)
         return ExperienceLoader(lambda number: self._batch(packs, number), len(packs), start)
 
+    def _read(self, numbers: np.ndarray) -> list[Problem]:
+        """Read the problems of an iteration, once: its packs refer to them."""
+        problems = self.read_problems(self.index, numbers.tolist())
+        self._problems = {problem.number: problem for problem in problems}
+        return problems
+
+    def _read_again(self, experience: Experience) -> None:
+        """After a resume: the problems that the checkpoint's experience answers."""
+        wanted = experience.problem.unique().numpy()
+        if len(self._read(wanted)) < len(wanted):
+            raise ValueError(
+                "problems that the checkpoint has responses to can no longer be read (see the warnings above): bring "
+                "back their shards, or start anew without ckpt_path"
+            )
+
     def _collect(self, iteration: int) -> Experience:
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         progress = iteration / self.max_epochs
-        numbers = self.sampler.sample(self.problems, iteration, progress)
+        problems = self._read(self.sampler.sample(self.problems, iteration, progress))
+        numbers = np.array([problem.number for problem in problems])
         experience, self.figures = collect(
-            [self.read_problem(self.index, int(number)) for number in numbers],
+            problems,
             module.engine,
             module.reward,
             self.sampling,
@@ -128,14 +147,9 @@ class RLDataModule(StageDataModule):
         experience, members = self.experience, packs[number]
         step = number - number % self.trainer.accumulate_grad_batches
         of_step = packs[step : step + self.trainer.accumulate_grad_batches]
-        prompts: dict[int, Problem] = {}
-        for member in members:
-            index_number = int(experience.problem[member])
-            if index_number not in prompts:
-                prompts[index_number] = self.read_problem(self.index, index_number)
+        prompts = [self._problems[int(experience.problem[member])].prompt for member in members]
         samples = [
-            trajectory(prompts[int(experience.problem[member])].prompt, experience.response(member))
-            for member in members
+            trajectory(prompt, experience.response(member)) for prompt, member in zip(prompts, members, strict=True)
         ]
         return TrajectoryBatch(
             pack=pack_samples(samples),

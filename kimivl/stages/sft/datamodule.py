@@ -4,31 +4,59 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from kimivl.data.loader import PackLoader
+from kimivl.data.mixture import Limits, Uses, uses_of_epoch
 from kimivl.data.plan import Plan, plan_epoch
 from kimivl.stages.datamodule import Phase, StageDataModule
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a run has to know of an epoch whose packs it does not hold."""
+
+    steps: int
+    dropped: dict[str, int]
+
+
 class SFTDataModule(StageDataModule):
     """One Lightning epoch is one epoch of the data; its pack length comes from ``phases``.
 
     A phase has ``max_length``, the tokens of a pack, and may have ``max_patches``, its image patches before merging
-    (four per token where it is not given: a pack may be all images). A sample over either limit is dropped from the
-    epoch under ``too_long`` or ``too_many_patches``, and counted.
+    (four per token where it is not given: a pack may be all images).
     An optimiser step takes ``trainer.accumulate_grad_batches`` packs on every rank.
 
     Args:
         num_workers: processes that read and decode while the model trains.
+        mixture: source -> how often each of its samples is used in an epoch (1 for a source that is not named). A
+            fraction takes that share of its samples, others in each epoch.
+        too_long: what becomes of a sample that the packs of a phase cannot hold, by tokens or patches. ``drop``: it is
+            left out of the epoch and counted. ``move``: it is used once more in the first later phase that can.
+        window: samples that are shuffled together. Shards are shuffled whole; a smaller window reads more nearly in
+            sequence.
     """
 
-    def __init__(self, num_workers: int = 0, **stage: Any) -> None:
+    def __init__(
+        self,
+        num_workers: int = 0,
+        mixture: Mapping[str, float] | None = None,
+        too_long: Literal["drop", "move"] = "drop",
+        window: int = 262_144,
+        **stage: Any,
+    ) -> None:
         super().__init__(**stage)
         self.num_workers = num_workers
+        self.mixture = mixture
+        self.too_long: Literal["drop", "move"] = too_long
+        self.window = window
+        self.holes: Counter[str] = Counter()
         self._plans: dict[int, Plan] = {}
+        self._planned: dict[int, _Planned] = {}
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
@@ -37,40 +65,82 @@ class SFTDataModule(StageDataModule):
             if phase.max_length is None:
                 raise ValueError("data.phases: a supervised stage needs max_length, the tokens of a pack")
 
-    def plan(self, epoch: int) -> Plan:
-        """The packs of an epoch, the same on every rank."""
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of an optimiser step, over all ranks."""
         assert self.trainer is not None
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def limits_of(self, phase: Phase) -> Limits:
+        """The budgets of a pack of a phase."""
+        assert phase.max_length is not None
+        return Limits(phase.max_length, phase.max_patches or 4 * phase.max_length, phase.epochs)
+
+    def uses(self, epoch: int) -> Uses:
+        """How often each sample is to be used in an epoch."""
+        return uses_of_epoch(
+            self.index.tokens,
+            self.index.patches,
+            self.index.source,
+            sources=self.index.sources,
+            phases=[self.limits_of(phase) for phase in self.phases],
+            epoch=epoch,
+            seed=self.seed,
+            mixture=self.mixture,
+            too_long=self.too_long,
+        )
+
+    def plan(self, epoch: int) -> Plan:
+        """The packs of an epoch, the same on every rank. Only the two plans made last are kept: they can be large."""
         if epoch not in self._plans:
-            phase = self.phase_of(epoch)
-            max_length = phase.max_length
-            assert max_length is not None
+            limits = self.limits_of(self.phase_of(epoch))
+            index, uses = self.index, self.uses(epoch)
             plan = plan_epoch(
-                self.index.tokens,
-                self.index.patches,
-                self.index.targets,
-                max_length=max_length,
-                max_patches=phase.max_patches or 4 * max_length,
-                packs_per_step=self.trainer.accumulate_grad_batches * self.trainer.world_size,
+                index.tokens,
+                index.patches,
+                index.targets,
+                index.shard,
+                index.images,
+                max_length=limits.max_length,
+                max_patches=limits.max_patches,
+                packs_per_step=self.packs_per_step,
                 seed=self.seed,
                 epoch=epoch,
+                uses=uses.count,
+                window=self.window,
             )
-            for reason, count in plan.dropped.items():
-                if count:
-                    log.warning("epoch %d leaves out %d samples: %s", epoch, count, reason)
+            for oldest in list(self._plans)[:-1]:
+                del self._plans[oldest]
             self._plans[epoch] = plan
+            self._note(epoch, plan, uses)
         return self._plans[epoch]
+
+    def _note(self, epoch: int, plan: Plan, uses: Uses) -> None:
+        if epoch in self._planned:
+            return
+        dropped = {reason: count for reason, count in plan.dropped.items() if count}
+        self._planned[epoch] = _Planned(plan.num_steps, dropped)
+        for reason, count in dropped.items():
+            log.warning("epoch %d leaves out %d samples: %s", epoch, count, reason)
+        if uses.moved:
+            log.info("epoch %d moves %d samples to a later phase: its packs cannot hold them", epoch, uses.moved)
+
+    def planned(self, epoch: int) -> _Planned:
+        if epoch not in self._planned:
+            self.plan(epoch)
+        return self._planned[epoch]
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Those of the index, and what fits into no pack: counted once for each epoch that leaves it out."""
-        counts = Counter(super().dropped)
+        """Those of the index, what fits into no pack (counted once for each epoch that leaves it out), and holes."""
+        counts = Counter(super().dropped) + self.holes
         for epoch in range(self.max_epochs):
-            counts.update(self.plan(epoch).dropped)
-        return {reason: count for reason, count in counts.items() if count}
+            counts.update(self.planned(epoch).dropped)
+        return dict(counts)
 
     def schedule_phases(self) -> list[dict[str, Any]]:
         def steps(first: int, phase: Phase) -> int:
-            return sum(self.plan(epoch).num_steps for epoch in range(first, first + phase.epochs))
+            return sum(self.planned(epoch).steps for epoch in range(first, first + phase.epochs))
 
         firsts = [sum(phase.epochs for phase in self.phases[:number]) for number in range(len(self.phases))]
         return [
@@ -83,13 +153,17 @@ class SFTDataModule(StageDataModule):
         epoch = self.trainer.current_epoch
         plan = self.plan(epoch)
         start = 0
+        self.unread.update(self.holes)
+        self.holes = Counter()
         if self._resumed is not None and self._resumed["epoch"] == epoch:
             if self._resumed["plan"] != plan.hash:
                 raise ValueError(
                     "the checkpoint was made on other data, or with another data.seed, data.phases, number of packs "
-                    "per step or tokenizer; resume with the settings of the run, or start anew without ckpt_path"
+                    "per step (devices x trainer.accumulate_grad_batches) or tokenizer; resume with the settings of "
+                    "the run, or start anew without ckpt_path"
                 )
             start = self._resumed["step"] * self.trainer.accumulate_grad_batches
+            self.holes = Counter(self._resumed["holes"])
         self._resumed = None
         return PackLoader(
             plan,
@@ -99,14 +173,21 @@ class SFTDataModule(StageDataModule):
             world_size=self.trainer.world_size,
             start=start,
             num_workers=self.num_workers,
+            max_dropped=self.max_dropped,
+            dropped=self.holes,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data: epoch, its plan, and the optimiser steps completed in it."""
+        """The position in the data: epoch, its plan, the optimiser steps completed in it, and its holes."""
         assert self.trainer is not None
         epoch = self.trainer.current_epoch
-        before = sum(self.plan(earlier).num_steps for earlier in range(epoch))
-        return {"epoch": epoch, "plan": self.plan(epoch).hash, "step": self.trainer.global_step - before}
+        unread = {"unread": dict(self.unread), "holes": dict(self.holes)}
+        if epoch >= self.max_epochs:  # the run has ended, there is no next pack
+            return {"epoch": epoch} | unread
+        before = sum(self.planned(earlier).steps for earlier in range(epoch))
+        step = self.trainer.global_step - before
+        return {"epoch": epoch, "plan": self.plan(epoch).hash, "step": step} | unread
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
+        self.unread = Counter(state_dict["unread"])

@@ -13,5 +13,8 @@ class SFTModule(StageModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         logp = self.model.target_log_probs(**batch.model_inputs())
-        self.log("train/loss", -logp.detach().mean(), prog_bar=True, batch_size=1)
+        if batch.holes:
+            self.log_dropped()
+        if len(logp):  # a pack may be all holes
+            self.log("train/loss", -logp.detach().mean(), prog_bar=True, batch_size=1)
         return self.normalised(-logp.sum(), batch.step_targets)

@@ -1,0 +1,1 @@
+"""Measurements of kimivl beside other software; `data.py` is the data layer's."""

@@ -1,0 +1,1 @@
+"""`kimivl build`: chats as they are around -> WebDataset shards."""
