@@ -1,8 +1,8 @@
 """Making an index: one scan of the shards, in parallel, that reads every byte and decodes no picture.
 
 It is kept beside the shards (or in the cache folder, when they are remote or that place cannot be written) under a
-fingerprint of all that it depends on: shards, tokenizer, chat format, image processor, the stage's check. A stale one is
-so not found, and made anew. An interrupted scan goes on with the shards that it lacks.
+fingerprint of all that it depends on: shards, tokenizer, chat format, image processor, the stage's check. A stale one
+is so not found, and made anew. An interrupted scan goes on with the shards that it lacks.
 """
 
 from __future__ import annotations

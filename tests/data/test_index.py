@@ -1,5 +1,6 @@
 """The index: exact counts, kept under what it depends on, with what is wrong said and counted."""
 
+import contextlib
 import io
 import json
 import os
@@ -49,13 +50,12 @@ def test_any_number_of_processes_makes_the_same(digits, make_index, index, tmp_p
 def split_into(number, digits, folder):
     """The samples of the digits set over several shards."""
     paths = [folder / f"part-{part}.tar" for part in range(number)]
-    with tarfile.open(expand(str(digits / "sft-*.tar"))[0]) as old:
-        writers = [tarfile.open(path, "w") for path in paths]
+    with contextlib.ExitStack() as files:
+        old = files.enter_context(tarfile.open(expand(str(digits / "sft-*.tar"))[0]))
+        writers = [files.enter_context(tarfile.open(path, "w")) for path in paths]
         for member in old:
             place = int(member.name.split(".")[0].split("-")[1]) % number
             writers[place].addfile(member, old.extractfile(member))
-        for writer in writers:
-            writer.close()
     return paths
 
 

@@ -1,10 +1,11 @@
 """The loader: every sample exactly once, over any workers and ranks, from any position, whatever cannot be read."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
-import os
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,13 +120,12 @@ def test_ranks_that_do_not_divide_a_step_are_refused(index, encoder, plan_of):
 @pytest.fixture
 def changing(digits, make_index, tmp_path):
     """A copy of the shards whose files a test may damage, with its index: 120 samples in two shards."""
-    with tarfile.open(expand(str(digits / "sft-*.tar"))[0]) as old:
-        halves = [tarfile.open(tmp_path / f"{half}.tar", "w") for half in "ab"]
+    with contextlib.ExitStack() as files:
+        old = files.enter_context(tarfile.open(expand(str(digits / "sft-*.tar"))[0]))
+        halves = [files.enter_context(tarfile.open(tmp_path / f"{half}.tar", "w")) for half in "ab"]
         for member in old:
             half = halves[int(member.name.split(".")[0].split("-")[1]) >= 60]
             half.addfile(member, old.extractfile(member))
-        for half in halves:
-            half.close()
     return make_index(f"{tmp_path}/*.tar")
 
 
@@ -143,7 +143,7 @@ def test_a_changed_sample_is_a_hole_and_all_else_stays(changing, encoder, plan_o
     number = int(changing.images.argmax())
 
     def damage():
-        with open(changing.shard_of(number), "r+b") as shard:
+        with Path(changing.shard_of(number)).open("r+b") as shard:
             shard.seek(int(changing.offset[number]) + int(changing.size[number]) // 2)
             shard.write(b"\xff" * 64)
 
@@ -189,7 +189,7 @@ def test_a_picture_damaged_behind_its_header_is_a_hole(digits, encoder, plan_of,
 
 def test_a_shard_that_vanishes_leaves_holes(changing, encoder, plan_of):
     def damage():
-        os.unlink(changing.shards[1])
+        Path(changing.shards[1]).unlink()
         changing.storage = type(changing.storage)(retries=1, backoff=0.001)  # a process that had not opened it
 
     _, after, dropped = with_and_without(changing, encoder, plan_of, damage)
@@ -199,7 +199,7 @@ def test_a_shard_that_vanishes_leaves_holes(changing, encoder, plan_of):
 
 
 def test_above_the_share_it_stops_and_says_why(changing, encoder, plan_of):
-    os.unlink(changing.shards[1])
+    Path(changing.shards[1]).unlink()
     changing.storage = type(changing.storage)(retries=1, backoff=0.001)
     loader = PackLoader(plan_of(changing), changing, encoder, max_dropped=0.1)
     with pytest.raises(ValueError, match=r"1\d samples of this epoch.*io_error 1\d\).*data\.max_dropped.*b\.tar"):
