@@ -211,7 +211,10 @@ def test_a_damaged_shard_is_named_and_counted(root, tmp_path, damage):
     assert refused.returncode == 2 and "data.max_dropped" in refused.stderr and "Traceback" not in refused.stderr
     accepted = train(*overrides, "data.max_dropped=0.2", "trainer.accumulate_grad_batches=2")
     reason = "bad_image" if damage == "image" else "truncated_shard"
-    assert "sft-000000.tar" in accepted.stdout and reason in accepted.stdout
+    assert "sft-000000.tar" in refused.stdout and reason in refused.stdout
+    [listed] = [path.read_text() for path in (tmp_path / "digits").glob(".index-*.dropped.jsonl")]
+    assert json.loads(listed)["shard"] == str(shard)
+    assert reason in accepted.stdout and ".dropped.jsonl" in accepted.stdout
     assert history(tmp_path / "run", f"data/dropped/{reason}") == {0: 1}
 
 
@@ -240,9 +243,8 @@ def test_a_picture_that_does_not_decode_becomes_a_hole(root, tmp_path):
 
 def test_mixture_and_moved_samples(root, tmp_path):
     """Half of the digits in each of two epochs; what the short packs cannot hold waits for the long ones."""
-    phases = (
-        "data.phases=[{max_length: 128, epochs: 1, lr: [1e-3, 1e-3]}, {max_length: 2048, epochs: 1, lr: [1e-3, 1e-3]}]"
-    )
+    lr = "epochs: 1, lr: [1e-3, 1e-3]"
+    phases = f"data.phases=[{{max_length: 128, {lr}}}, {{max_length: 2048, {lr}}}]"
     overrides = ["stage=sft", *QUIET, phases, "data.too_long=move", f"paths.root={root}"]
     train(*overrides, "data.mixture={digits: 0.5}", f"paths.output_dir={tmp_path / 'half'}")
     assert audit(tmp_path / "half") == 0

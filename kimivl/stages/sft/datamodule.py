@@ -50,6 +50,8 @@ class SFTDataModule(StageDataModule):
         **stage: Any,
     ) -> None:
         super().__init__(**stage)
+        if num_workers < 0 or window < 1:
+            raise ValueError(f"data needs num_workers >= 0 and data.window >= 1, not {num_workers} and {window}")
         self.num_workers = num_workers
         self.mixture = mixture
         self.too_long: Literal["drop", "move"] = too_long
