@@ -77,7 +77,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN_DIR", help="for example outputs/digits/sft")
+    parser.add_argument("folder", type=Path, metavar="RUN_DIR", help="a run, ended or not: outputs/digits/sft")
 
     def call(arguments: argparse.Namespace) -> int:
         from kimivl.data.audit.report import run_audit

@@ -100,7 +100,7 @@ def test_index_says_what_is_in_the_shards(root, capsys):
     digits = root / "data/miniature/digits"
     assert main(["index", f"{digits}/sft-*.tar", f"data.processor={digits}/tokenizer"]) == 0
     printed = capsys.readouterr().out
-    assert "160 samples in 1 shards" in printed and "digits" in printed and "index: " in printed
+    assert "160 samples in 1 shard" in printed and "digits" in printed and "index: " in printed
     assert main(["index", f"{digits}/none-*.tar", f"data.processor={digits}/tokenizer"]) == 2
     assert "none-*.tar" in capsys.readouterr().err
     assert main(["index", f"{digits}/sft-*.tar", "data.processr=x"]) == 2

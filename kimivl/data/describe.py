@@ -13,7 +13,10 @@ PERCENTILES = (50, 90, 99, 100)
 
 def print_index(index: Index, console: Console) -> None:
     """Totals, one line per source, the lengths, and what was left out."""
-    table = Table(title=f"{len(index):,} samples in {len(index.shards):,} shards", title_justify="left")
+    table = Table(
+        title=f"{len(index):,} samples in {len(index.shards):,} {'shard' if len(index.shards) == 1 else 'shards'}",
+        title_justify="left",
+    )
     table.add_column("source")
     for column in ("samples", "tokens", "supervised", "images", "patches"):
         table.add_column(column, justify="right")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from kimivl.data.audit.verify import AUDIT_FOLDER, LENGTH_EDGES, AuditReport, EpochFigures, EpochReport, verify
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 PICTURE_FILE = "audit.png"
 COLOURS = {"text": "#9aa5b1", "with images": "#3b82c4"}
+BAR = 16
+"""Characters of the longest bar of the histogram in the terminal."""
 SOURCES = 12
 """Sources that a table and the picture name; the others are summed up."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN_DIR", help="output folder of a stage, ended or not")
 
 
 def run_audit(arguments: argparse.Namespace) -> int:
@@ -67,7 +65,7 @@ def _print_epoch(epoch: EpochReport, console: Console) -> None:
         console.print(f"{epoch.delivered:,} samples delivered so far\n", highlight=False)
         return
     grid = Table.grid(padding=(0, 4))
-    grid.add_row(_uses_table(epoch.figures), _sources_table(epoch.figures))
+    grid.add_row(_uses_table(epoch.figures), Group(_sources_table(epoch.figures), _lengths_table(epoch.figures)))
     console.print(grid)
     console.print()
 
@@ -107,6 +105,26 @@ def _sources_table(figures: EpochFigures) -> Table:
         samples, tokens = sum(share.samples for share in others), sum(share.tokens for share in others)
         table.add_row(f"{len(others)} others", f"{samples:,}", f"{tokens:,}", f"{sum(o.share for o in others):.1%}")
     return table
+
+
+def _lengths_table(figures: EpochFigures) -> Table:
+    """Uses by length, an octave a row."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tokens of a sample", justify="right")
+    table.add_column("uses", justify="right")
+    table.add_column("")
+    counts = np.sum(list(figures.lengths.values()), axis=0).reshape(-1, 2).sum(1)
+    for octave in range(*_span(counts)):
+        low, high = 2**octave, 2 ** (octave + 1) - 1
+        bar = "█" * max(round(BAR * counts[octave] / counts.max()), int(counts[octave] > 0))
+        table.add_row(f"{low:,} to {high:,}", f"{counts[octave]:,.0f}", f"[cyan]{bar}[/]")
+    return table
+
+
+def _span(counts: np.ndarray) -> tuple[int, int]:
+    """The bins from the first to the last that holds something."""
+    held = np.flatnonzero(counts)
+    return (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
 
 
 def draw(epochs: list[EpochFigures], path: Path) -> None:
@@ -155,7 +173,8 @@ def _draw_lengths(axes: Axes, epochs: list[EpochFigures]) -> None:
     axes.set(title="Length of trained samples", xlabel="tokens", ylabel="uses")
     axes.yaxis.set_major_formatter(_short)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    axes.set_ylim(0, 1.25 * below.max(initial=1))  # room for the legend
+    axes.legend(frameon=False, ncols=2, loc="upper left")
 
 
 def _draw_sources(axes: Axes, epochs: list[EpochFigures]) -> None:
