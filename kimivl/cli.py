@@ -55,7 +55,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     )
 
     def call(arguments: argparse.Namespace) -> int:
-        from hydra.errors import HydraException
+        from hydra.errors import HydraException, InstantiationException
         from hydra.utils import instantiate
         from rich.console import Console
 
@@ -64,11 +64,13 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 
         try:
             cfg = compose_run(*arguments.overrides)
+            cfg.data.shards, cfg.data.prepare = arguments.shards, None
+            validate(cfg)
+            datamodule = instantiate(cfg.data, _convert_="all")
+        except InstantiationException as error:
+            raise ValueError(str(error.__cause__ or error)) from error
         except HydraException as error:
             raise ValueError(str(error)) from error
-        cfg.data.shards, cfg.data.prepare = arguments.shards, None
-        validate(cfg)
-        datamodule = instantiate(cfg.data, _convert_="all")
         datamodule.setup("fit")
         print_index(datamodule.index, Console())
         return 0

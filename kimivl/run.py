@@ -28,6 +28,7 @@ _MAY_DIFFER = {
     "logger",
     "test",
     "data.num_workers",
+    "data.max_dropped",
     "data.cache",
     "data.cache_gb",
     "trainer.log_every_n_steps",
@@ -62,6 +63,8 @@ def run(cfg: DictConfig) -> float | None:
         (output_dir / file).unlink(missing_ok=True)  # an earlier run's, which this one does not go on from
     if not own:
         shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
+        if resume is not None and (elsewhere := resume.parents[1] / AUDIT).is_dir():
+            shutil.copytree(elsewhere, output_dir / AUDIT)  # the proof goes on where that run's steps end
     loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
     status = "failed"
     try:
@@ -108,6 +111,8 @@ def _fit_and_hand_over(
     metrics["seconds"] = module.train_seconds
     if trainer.is_global_zero:
         print(f"\n{cfg.stage}: model in {output_dir / MODEL}, {module.train_seconds:.0f} s of training")
+        if dropped := datamodule.dropped:
+            print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())))
     return metrics
 
 

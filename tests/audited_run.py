@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from simulated_run import MAX_LENGTH, MAX_PATCHES, StandInIndex, make_pack, make_plan
 
 from kimivl.callbacks.audit import Audit
+from kimivl.data.mixture import Uses
 
 SAMPLES = 32
 
@@ -62,7 +63,7 @@ class Data(LightningDataModule):
         self.index = StandInIndex(SAMPLES)
 
     def uses(self, epoch):
-        return SimpleNamespace(count=np.ones(SAMPLES, np.uint8))
+        return Uses(np.ones(SAMPLES, np.uint8), np.zeros(SAMPLES, np.uint8))
 
     @property
     def packs_per_step(self) -> int:

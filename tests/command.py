@@ -14,7 +14,10 @@ def train(*overrides: str, check: bool = True, **environment: str) -> subprocess
     command = [sys.executable, "train.py", *overrides]
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "WANDB_MODE": "offline", "COLUMNS": "200"} | environment
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    # In a session of its own: a signal to its whole group reaches the run and its workers, not the tests.
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, start_new_session=True
+    )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -12,6 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from kimivl.checkpoint import load_processor
@@ -19,6 +20,7 @@ from kimivl.data.audit.delivery import DeliveryLog, next_attempt
 from kimivl.data.audit.epochs import write_epoch_audit
 from kimivl.data.chat import SampleEncoder
 from kimivl.data.loader import PackLoader
+from kimivl.data.mixture import Uses
 from kimivl.data.plan import plan_epoch
 from kimivl.data.scan import build_index
 from kimivl.data.shards import expand
@@ -53,7 +55,7 @@ def main(folder: Path, digits: str, rank: int, ranks: int, workers: int, port: i
         limits = {"max_length": length, "max_patches": 4 * length}
         columns = (index.tokens, index.patches, index.targets, index.shard, index.images)
         plan = plan_epoch(*columns, packs_per_step=PACKS_PER_STEP, seed=5, epoch=epoch, **limits)
-        uses = (index.tokens > 0).astype("uint8")
+        uses = Uses(np.ones(len(index), np.uint8), np.zeros(len(index), np.uint8))
         skipped = min(max(done - step, 0), plan.num_steps)
         step += skipped
         share = PACKS_PER_STEP // ranks
@@ -69,7 +71,7 @@ def main(folder: Path, digits: str, rank: int, ranks: int, workers: int, port: i
             time.sleep(STEP_SECONDS)
             digests = [None] * ranks
             dist.all_gather_object(digests, [digest(pack) for pack in packs])
-            log.write(step, epoch, packs, uses)
+            log.write(step, epoch, packs, uses.count)
             if rank == 0:
                 say(folder / "steps.jsonl", {"step": step, "packs": sorted(sum(digests, []))})
             if step % 2 == 0:

@@ -11,6 +11,7 @@ import torch
 
 from kimivl.data.audit.delivery import DeliveryLog, next_attempt
 from kimivl.data.audit.epochs import write_epoch_audit
+from kimivl.data.mixture import Uses
 from kimivl.data.pack import Hole
 
 MAX_LENGTH, MAX_PATCHES = 100, 400
@@ -130,7 +131,7 @@ class SimulatedRun:
                 self.folder,
                 epoch,
                 self.index,
-                self.uses,
+                Uses(self.uses, np.zeros_like(self.uses)),
                 self.plans[epoch],
                 max_length=MAX_LENGTH,
                 max_patches=MAX_PATCHES,

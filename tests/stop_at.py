@@ -7,11 +7,15 @@ from lightning.pytorch import Callback
 
 
 class StopAt(Callback):
-    """Sends ``signal_name`` when batch number ``step`` (counted over the run from 0) begins."""
+    """Sends ``signal_name`` when batch number ``step`` (counted over the run from 0) begins.
 
-    def __init__(self, step: int, signal_name: str) -> None:
+    With ``group`` all processes of the run get it, loader workers too.
+    """
+
+    def __init__(self, step: int, signal_name: str, group: bool = False) -> None:
         self.step, self.number = step, getattr(signal, signal_name)
+        self.send = os.killpg if group else os.kill
 
     def on_train_batch_start(self, trainer, *args) -> None:
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), self.number)
+            self.send(os.getpid(), self.number)  # the run leads its group

@@ -163,6 +163,25 @@ def test_killed_right_after_the_checkpoint_of_an_epochs_end(root, uninterrupted,
         assert history(tmp_path, name) == history(uninterrupted["rl"], name)
 
 
+def test_a_finished_run_can_be_gone_on_from(root, tmp_path):
+    """As one is that was killed in its last test: nothing is trained again, the rest is done."""
+    overrides = ["stage=sft", *QUIET, f"paths.root={root}", f"paths.output_dir={tmp_path}"]
+    train(*overrides)
+    losses = history(tmp_path, "train/loss")
+    again = train(*overrides, "ckpt_path=last")
+    assert "sft: model in" in again.stdout and json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+    assert history(tmp_path, "train/loss") == losses and audit(tmp_path) == 0
+
+
+def test_a_signal_to_all_processes_saves_too(root, tmp_path):
+    """A scheduler signals the loader's workers along with the run."""
+    overrides = ["stage=sft", *QUIET, "data.num_workers=2", f"paths.root={root}", f"paths.output_dir={tmp_path}"]
+    stopped = train(*overrides, *stop_at(1, "SIGTERM"), "+callbacks.stop.group=true", check=False)
+    assert stopped.returncode == 130 and "saved after step 2" in stopped.stderr and "Traceback" not in stopped.stderr
+    train(*overrides, "data.num_workers=1", "data.max_dropped=0.5")  # neither changes what is trained
+    assert sorted(history(tmp_path, "train/loss")) == list(range(6)) and audit(tmp_path) == 0
+
+
 def test_a_finished_run_typed_again_starts_anew(root, tmp_path):
     overrides = ["stage=sft", *QUIET, f"paths.root={root}", f"paths.output_dir={tmp_path}"]
     train(*overrides)
@@ -182,6 +201,7 @@ def test_a_checkpoint_from_elsewhere_takes_the_place_of_what_the_folder_held(roo
     train(*begun, "callbacks.checkpoint.every_n_train_steps=100", *stop_at(3, "SIGKILL"), check=False)
     train(*begun)
     assert sorted(history(tmp_path / "here", "train/loss")) == [2, 3, 4, 5]
+    assert audit(tmp_path / "here") == 0  # with the steps that the other run had made
 
 
 def test_a_checkpoint_does_not_go_on_with_steps_cut_otherwise(root, tmp_path):
@@ -282,6 +302,11 @@ def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root,
         (["stage=sft", MINIATURE, "data.shards=/nowhere/x-*.tar"], "/nowhere/x-*.tar"),
         (["stage=sft", MINIATURE, "data.shards=[]"], "data.shards"),
         (["stage=sft", MINIATURE, "data.phases=[{max_length: 8, epochs: 1, lr: [1, 1]}]"], "data.phases"),
+        (["stage=sft", MINIATURE, "data.phases=[{max_length: a, epochs: 1, lr: [1, 1]}]"], "data.phases: max_length"),
+        (["stage=sft", MINIATURE, "data.phases=[{max_length: 9, epochs: 1.5, lr: [1, 1]}]"], "data.phases: epochs"),
+        (["stage=sft", MINIATURE, "data.mixture={digits: many}"], "data.mixture.digits"),
+        (["stage=sft", MINIATURE, "data.max_dropped=2"], "data.max_dropped=2"),
+        (["stage=sft", MINIATURE, "data.shards=http://127.0.0.1:1/a.tar"], "data.shards='http://127.0.0.1:1/a.tar'"),
         (["stage=sft", MINIATURE, "data.too_long=cut"], "data.too_long"),
         (["stage=sft", MINIATURE, "data.window=0"], "data.window"),
         (["stage=sft", MINIATURE, "data.mixture={digits: -1}"], "data.mixture"),

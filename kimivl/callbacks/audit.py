@@ -44,7 +44,7 @@ class Audit(Callback):
             attempt=trainer.strategy.broadcast(attempt),
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            packs_per_step=_datamodule(trainer).plan(trainer.current_epoch).packs_per_step,
+            packs_per_step=_datamodule(trainer).packs_per_step,
             resumed_at=trainer.global_step,
         )
 
@@ -103,20 +103,14 @@ class Audit(Callback):
 
     def _write_epoch(self, datamodule: Any, epoch: int) -> None:
         limits = datamodule.limits_of(datamodule.phase_of(epoch))
-        later, first = [], 0
-        for phase in datamodule.phases:
-            if first > epoch and datamodule.too_long == "move":
-                later.append((datamodule.limits_of(phase).max_length, datamodule.limits_of(phase).max_patches))
-            first += phase.epochs
         write_epoch_audit(
             self.folder,
             epoch,
             datamodule.index,
-            datamodule.uses(epoch).count,
+            datamodule.uses(epoch),
             datamodule.plan(epoch),
             max_length=limits.max_length,
             max_patches=limits.max_patches,
-            later=later,
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -8,8 +8,6 @@ does not turn them.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -36,8 +34,10 @@ def image_size(data: bytes, key: str, shard: str | None = None) -> tuple[int, in
         SampleError: reason ``bad_image``, when the bytes are no picture of a known format, or the picture has more than
             ``MAX_PIXELS``.
     """
-    with _faults_named(key, shard):
+    try:
         return _header(data)[:2]
+    except Exception as error:
+        raise _named(error, key, shard) from error
 
 
 def decode_image(data: bytes, key: str, shard: str | None = None) -> np.ndarray:
@@ -47,11 +47,13 @@ def decode_image(data: bytes, key: str, shard: str | None = None) -> np.ndarray:
         SampleError: reason ``bad_image``, when the bytes are no picture, are damaged or cut short, or the picture has
             more than ``MAX_PIXELS``.
     """
-    with _faults_named(key, shard):
+    try:
         _, _, colours = _header(data)
         if colours in _PLAIN_COLOURS:
             return simplejpeg.decode_jpeg(data, "RGB")
         return _by_pillow(data, colours)
+    except Exception as error:
+        raise _named(error, key, shard) from error
 
 
 def _header(data: bytes) -> tuple[int, int, str]:
@@ -94,10 +96,6 @@ def _check_end(data: bytes) -> None:
         raise ValueError("it is a WebP cut short")
 
 
-@contextmanager
-def _faults_named(key: str, shard: str | None) -> Iterator[None]:
+def _named(error: Exception, key: str, shard: str | None) -> SampleError:
     """On damaged files the decoders raise nearly anything, struct.error and zlib.error too."""
-    try:
-        yield
-    except Exception as error:
-        raise SampleError("bad_image", key, shard, f"the image does not decode: {error}") from error
+    return SampleError("bad_image", key, shard, f"the image does not decode: {error}")

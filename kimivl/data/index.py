@@ -6,7 +6,9 @@ ranks and workers of a machine share one copy. ``kimivl.data.scan`` makes it.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,11 @@ class Index:
 
     def key(self, number: int) -> str:
         return self._keys[number].as_py()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the bytes of all samples, in their order, whatever the shards are called."""
+        return hashlib.sha256(self.crc32.tobytes()).hexdigest()[:16]
 
     def keys(self) -> pa.Array:
         """All keys, as an Arrow array."""

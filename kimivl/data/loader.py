@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import signal
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,6 +19,9 @@ from kimivl.data.pack import IGNORE, EncodedSample, Hole, PackedBatch
 from kimivl.data.plan import Plan
 from kimivl.data.sample import SampleError
 
+log = logging.getLogger(__name__)
+SHOWN = 5
+"""Holes of one reason that are said one by one; all are in the run's quarantine.jsonl."""
 PREFETCH = 2
 """Packs that a worker has ready: with the one in the making, three in memory."""
 
@@ -32,48 +39,76 @@ class PackMaker(Dataset[PackedBatch]):
         members = np.asarray(self.plan.pack(number), np.int64)
         self.index.advise(members)
         ends = np.cumsum(self.index.tokens[members], dtype=np.int64)
-        input_ids = torch.full((int(ends[-1]),), self.encoder.stop_id)
-        targets = torch.full_like(input_ids, IGNORE)
-        pixels = _empty_patches(int(self.index.patches[members].sum(dtype=np.int64)))
-        grids, holes, filled = [torch.zeros(0, 2, dtype=torch.int64)], [], 0
-        for sample, start, end in zip(members.tolist(), [0, *ends.tolist()], ends.tolist(), strict=False):
+        patches, images = (
+            int(column[members].sum(dtype=np.int64)) for column in (self.index.patches, self.index.images)
+        )
+        pack = _empty_pack(members, int(ends[-1]), patches, images)
+        pack.step_targets = int(self.plan.step_targets[number // self.plan.packs_per_step])
+        pack.number = number
+        pack.cu_seqlens[1:] = torch.from_numpy(ends)
+        self._fill(pack)
+        return pack
+
+    def _fill(self, pack: PackedBatch) -> None:
+        """Write the samples of a pack; those that cannot be read are its holes."""
+        ids, targets, grids = pack.input_ids.numpy(), pack.targets.numpy(), pack.image_grid_hws.numpy()
+        ids.fill(self.encoder.stop_id)
+        targets.fill(IGNORE)
+        holes, shown, filled = list[Hole](), 0, 0
+        for sample, (start, end) in zip(pack.samples.tolist(), pairwise(pack.cu_seqlens.tolist()), strict=True):
             patches = int(self.index.patches[sample])
             try:
-                encoded = self._encode(sample, pixels[filled : filled + patches])
+                encoded = self._encode(sample, pack.pixel_values[filled : filled + patches])
             except SampleError as fault:
                 shard = self.index.shard_of(sample)
                 holes.append(Hole(sample, fault.reason, self.index.key(sample), shard, fault.detail))
                 continue
-            input_ids[start:end] = encoded.input_ids
-            targets[start : end - 1] = encoded.labels[1:]
-            grids.append(encoded.image_grid_hws)
-            filled += patches
-        return PackedBatch(
-            input_ids=input_ids,
-            targets=targets,
-            cu_seqlens=torch.from_numpy(np.concatenate([[0], ends])).int(),
-            pixel_values=pixels[:filled],
-            image_grid_hws=torch.cat(grids),
-            step_targets=int(self.plan.step_targets[number // self.plan.packs_per_step]),
-            number=number,
-            samples=torch.from_numpy(members),
-            holes=tuple(holes),
-        )
+            ids[start:end] = encoded.input_ids.numpy()
+            targets[start : end - 1] = encoded.labels.numpy()[1:]
+            images = len(encoded.image_grid_hws)
+            grids[shown : shown + images] = encoded.image_grid_hws.numpy()
+            shown, filled = shown + images, filled + patches
+        pack.holes = tuple(holes)
+        pack.image_grid_hws, pack.pixel_values = pack.image_grid_hws[:shown], pack.pixel_values[:filled]
 
     def _encode(self, sample: int, patches: torch.Tensor) -> EncodedSample:
         shard = self.index.shard_of(sample)
         encoded = self.encoder.encode(self.index.read(sample), shard, out=patches)
-        found, indexed = (len(encoded), len(encoded.pixel_values)), (int(self.index.tokens[sample]), len(patches))
+        found = (len(encoded), len(encoded.pixel_values), len(encoded.image_grid_hws))
+        indexed = (int(self.index.tokens[sample]), len(patches), int(self.index.images[sample]))
         if found != indexed:
-            detail = f"{found} tokens and patches, but the index says {indexed}; remove {self.index.path}"
+            detail = f"{found} tokens, patches and images, but the index says {indexed}; remove {self.index.path}"
             raise SampleError("bad_shard", self.index.key(sample), shard, detail)
         return encoded
 
 
-def _empty_patches(count: int) -> torch.Tensor:
-    patches = torch.empty(count, 3, 14, 14, dtype=torch.uint8)
-    # Written where the training process will read it: no second copy of the pack, not even for a moment.
-    return patches if get_worker_info() is None else patches.share_memory_()
+def _empty_pack(samples: np.ndarray, tokens: int, patches: int, images: int) -> PackedBatch:
+    """A pack to be filled, whose tensors lie in one block of memory.
+
+    In a worker the block is shared memory, written where the training process will read it: no second copy of the
+    pack is made. Each block crosses to that process by a connection of its own, so one costs less than
+    five. The numbers of the samples lie apart: who keeps them (the audit does) must not keep the whole pack.
+    """
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((tokens,), torch.int64),
+        ((tokens,), torch.int64),
+        ((images, 2), torch.int64),
+        ((len(samples) + 1,), torch.int32),
+        ((patches, 3, 14, 14), torch.uint8),
+    ]
+    lengths = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]  # bytes
+    new = torch.UntypedStorage if get_worker_info() is None else torch.UntypedStorage._new_shared
+    block = torch.empty(0, dtype=torch.uint8).set_(new(sum(lengths)))
+    parts = zip(block.split(lengths), shapes, strict=True)
+    input_ids, targets, grids, cu_seqlens, pixels = (part.view(dtype).view(shape) for part, (shape, dtype) in parts)
+    cu_seqlens[0] = 0
+    return PackedBatch(input_ids, targets, cu_seqlens, pixels, grids, step_targets=0, samples=torch.from_numpy(samples))
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A scheduler signals all processes of a job; a worker that died of it would take the run's last save with it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PackLoader:
@@ -127,6 +162,7 @@ class PackLoader:
             num_workers=self._num_workers,
             prefetch_factor=PREFETCH if self._num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_run,
         )
         for pack in loader:
             if pack.holes:
@@ -134,11 +170,15 @@ class PackLoader:
             yield pack
 
     def _count(self, holes: tuple[Hole, ...]) -> None:
-        self.dropped.update(hole.reason for hole in holes)
+        for hole in holes:
+            self.dropped[hole.reason] += 1
+            if self.dropped[hole.reason] <= SHOWN:
+                log.warning("left out of its pack: %s", SampleError(*hole[1:]))
         if self.dropped.total() > self._allowed:
             last = SampleError(*holes[-1][1:])
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.items())
             raise ValueError(
                 f"{self.dropped.total()} samples of this epoch could not be read ({reasons}), more than "
-                f"data.max_dropped allows ({self._allowed:.0f}); the last: {last}"
+                f"data.max_dropped allows ({self._allowed:.0f}); the last: {last}. Mend the shards or raise "
+                "data.max_dropped, and type the command again: it goes on"
             )

@@ -27,10 +27,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Uses:
-    """``count (N,)`` uses of each sample in an epoch; ``moved``, uses that a later phase makes up for."""
+    """``count (N,)`` uses of each sample in an epoch; ``moved (N,)``, uses that a later phase makes up for."""
 
     count: np.ndarray
-    moved: int
+    moved: np.ndarray
 
 
 def uses_of_epoch(
@@ -75,12 +75,11 @@ def uses_of_epoch(
     if not count.any():
         raise ValueError("data.mixture uses none of the samples; give a source in the data a weight above 0")
     if too_long == "drop":
-        return Uses(_narrow(count), 0)
+        return Uses(_narrow(count), np.zeros_like(_narrow(count)))
     homes = _Homes(tokens, patches, phases)
     leaving = homes.of_phase(phase) >= 0
-    moved = int(count[leaving].sum())
-    count[leaving] = 0
-    return Uses(_narrow(count + _arrivals(homes, draw, phases, epoch)), moved)
+    moved = np.where(leaving, count, 0)
+    return Uses(_narrow(count - moved + _arrivals(homes, draw, phases, epoch)), _narrow(moved))
 
 
 def _narrow(count: np.ndarray) -> np.ndarray:
@@ -103,8 +102,8 @@ def _weights(sources: Sequence[str], mixture: Mapping[str, float] | None) -> np.
     for name, weight in mixture.items():
         if name not in sources:
             raise ValueError(f"data.mixture names the unknown source {name!r}; the data has {', '.join(sources)}")
-        if not 0 <= weight <= MAX_WEIGHT:
-            raise ValueError(f"data.mixture.{name} must be a number from 0 to {MAX_WEIGHT}, not {weight}")
+        if not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
+            raise ValueError(f"data.mixture.{name} must be a number from 0 to {MAX_WEIGHT}, not {weight!r}")
     return np.array([mixture.get(name, 1.0) for name in sources], np.float64)
 
 

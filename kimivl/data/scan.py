@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from kimivl.data.chat import Counts, SampleEncoder
@@ -35,7 +36,7 @@ from kimivl.data.storage import Storage
 from kimivl.data.workers import end_with_parent
 
 log = logging.getLogger(__name__)
-FORMAT = 3
+FORMAT = 4
 STAT_THREADS = 32
 SHOWN = 5
 """Faults of one reason that are said one by one; all are listed in the file beside the index."""
@@ -116,17 +117,26 @@ class _Job:
                 faults.append(fault)
                 continue
             except OSError as error:
-                faults.append(SampleError("io_error", record.key, shard, str(error)))
-                continue
+                raise _unreadable(shard, str(error)) from error
             difficulty = -1 if sample.difficulty is None else sample.difficulty
             place = (record.key, number, record.offset, record.size, zlib.crc32(span))
             rows.append(
                 (*place, counts.tokens, counts.patches, counts.targets, counts.images, sample.source, difficulty)
             )
+        if faults and faults[-1].reason == "io_error":
+            # Kept in the index, a bad minute of a server would be kept for good.
+            raise _unreadable(shard, faults[-1].detail)
         columns = list(zip(*rows, strict=True)) or [()] * len(_PART)
         return pa.table(
             [pa.array(column, kind) for column, kind in zip(columns, _PART.types, strict=True)], _PART
         ), faults
+
+
+def _unreadable(shard: str, why: str) -> ValueError:
+    return ValueError(
+        f"the shard {shard} cannot be read: {why}; type the command again, it goes on with the shards that are not yet "
+        "indexed, or take the shard out of data.shards"
+    )
 
 
 _PART = SCHEMA.set(SCHEMA.get_field_index("source"), pa.field("source", pa.string()))
@@ -210,11 +220,22 @@ def _join(shards: list[str], parts: list[Path], path: Path) -> None:
     table = table.set_column(SCHEMA.get_field_index("source"), "source", codes)
     [batch] = table.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)]
     dropped = Counter(reason for reason, *_ in faults)
+    if lost := _lost_in_cut_shards(tables, faults, shards):
+        dropped["truncated_shard"] = lost
     _say_dropped(faults)
     if faults:
         _list_dropped(path.with_suffix(".dropped.jsonl"), faults)
     about = {"shards": shards, "sources": names, "dropped": dict(dropped), "fingerprint": path.stem}
     write_index(path, batch, about)
+
+
+def _lost_in_cut_shards(tables: list[pa.Table], faults: list[list[str]], shards: list[str]) -> int:
+    """About how many samples are gone with the ends of truncated shards: as many as a sound shard has more."""
+    cut = {shard for reason, _, shard, _ in faults if reason == "truncated_shard"}
+    sound = [len(table) for table, shard in zip(tables, shards, strict=True) if shard not in cut]
+    found = [len(table) for table, shard in zip(tables, shards, strict=True) if shard in cut]
+    whole = int(np.median(sound)) if sound else 0
+    return sum(max(1, whole - count) for count in found)
 
 
 def _say_dropped(faults: list[list[str]]) -> None:
@@ -235,12 +256,19 @@ def _refuse_if_damaged(dropped: Mapping[str, int], kept: int, index: Index, max_
     lost = sum(dropped.values())
     if kept == 0 or lost > max_dropped * (lost + kept):
         reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
-        listed = f" (listed in {index.dropped_file})" if lost else ""
+        listed = f", listed in {index.dropped_file}" if lost else ""
+        listed += f"; the first: {_first_dropped(index)}" if lost else ""
         raise ValueError(
             f"{lost} of {lost + kept} samples in {os.path.dirname(index.shards[0]) or '.'} cannot be used "  # noqa: PTH120
             f"({reasons or 'no samples'}){listed}; mend the shards, or raise data.max_dropped above {max_dropped} to "
             "train without them"
         )
+
+
+def _first_dropped(index: Index) -> SampleError:
+    with index.dropped_file.open() as lines:
+        first = json.loads(next(lines))
+    return SampleError(first["reason"], first["key"], first["shard"], first["detail"])
 
 
 def _fingerprints(job: _Job) -> tuple[str, str]:

@@ -122,22 +122,31 @@ def _members(sample: Sample) -> dict[str, bytes]:
 def expand(shards: str | list[str], storage: Storage | None = None) -> list[str]:
     """The shards that paths and URLs stand for, sorted: braces (`rl-{000..063}.tar`), globs (`rl-*.tar`), folders.
 
-    A folder means the `.tar` files in it. Raises ValueError naming the first pattern that matches no file.
+    A folder means the `.tar` files in it; a path becomes absolute, and a file that is named twice is taken once. Raises
+    ValueError naming the first pattern that matches no file or cannot be looked up.
     """
     patterns = [shards] if isinstance(shards, str) else shards
     if not patterns:
         raise ValueError("no shards given; set data.shards to a path, a URL, a brace pattern or a glob")
     storage = storage or Storage()
     named = [(name, pattern) for pattern in patterns for name in _braces(pattern)]
-    found: set[str] = set()
+    found: dict[str, str] = {}  # what it is -> its name
     with ThreadPoolExecutor(LOOKUPS) as pool:  # a set of a thousand URLs is a thousand questions to a server
         for (name, pattern), matches in zip(
-            named, pool.map(lambda pair: _matches(pair[0], storage), named), strict=True
+            named, pool.map(lambda pair: _looked_up(storage, *pair), named), strict=True
         ):
             if not matches:
                 raise ValueError(f"no shard matches '{name}' (from data.shards={pattern!r}); check the path")
-            found.update(matches)
-    return sorted(found)
+            for match in matches:
+                found.setdefault(match if is_remote(match) else str(Path(match).resolve()), match)
+    return sorted(found.values())
+
+
+def _looked_up(storage: Storage, name: str, pattern: str) -> list[str]:
+    try:
+        return _matches(name, storage)
+    except OSError as error:
+        raise ValueError(f"data.shards={pattern!r}: {error}; check the address, or try again later") from error
 
 
 def _braces(pattern: str) -> list[str]:
@@ -151,7 +160,7 @@ def _matches(name: str, storage: Storage) -> list[str]:
     """The files that a path or URL without braces stands for."""
     if is_remote(name):
         return storage.matches(name)
-    path = local_path(name)
+    path = local_path(name).absolute()
     if path.is_file():  # a literal file wins, so that a name with brackets in it needs no escaping
         return [str(path)]
     folder, pattern = (path, "*.tar") if path.is_dir() else (Path(path.anchor), str(path.relative_to(path.anchor)))

@@ -27,6 +27,7 @@ T = TypeVar("T")
 BLOCK_BYTES = 8 * 2**20
 MAX_DESCRIPTORS = 64
 LOCAL_BUFFER, REMOTE_BUFFER = 2**14, 2**20  # bytes a scanning reader asks for; it reads headers, and jumps over data
+GIVE_UP_SECONDS = 60.0  # after all retries have failed: so long a read of that shard is tried only once
 TIMEOUT = 60.0  # seconds that one request may take before it counts as failed, so that no dead server holds a worker
 FETCHERS = 4  # threads of a process that fetch advised blocks
 MAX_ADVISED = 64  # blocks that may wait for them; more are left to the reads
@@ -168,16 +169,27 @@ class Storage:
         return self._try(shard, lambda: remote.fetch(start, size))
 
     def _try(self, shard: str, action: Callable[[], T]) -> T:
-        """What `action` returns, at the first or a later try."""
-        for attempt in range(self.retries + 1):
+        """What `action` returns, at the first or a later try.
+
+        When all tries have failed, the shard gets but one try a read for a while: a server that is down must not cost
+        all the waiting once a sample.
+        """
+        failed = self._here().failed
+        retries = 0 if time.monotonic() < failed.get(shard, 0.0) else self.retries
+        for attempt in range(retries + 1):
             try:
-                return action()
+                done = action()
+                failed.pop(shard, None)
+                return done
             except Exception as caught:  # the libraries behind fsspec have errors of their own
                 error = cause_of(caught)
-                if attempt == self.retries or not is_transient(error):
+                if attempt == retries or not is_transient(error):
+                    if is_transient(error):
+                        failed[shard] = time.monotonic() + GIVE_UP_SECONDS
                     raise as_os_error(error, shard) from caught
                 wait = self.backoff * 2**attempt * self._here().random.uniform(0.5, 1.5)
-                log.debug("%s: %s; again in %.1f s", shard, error, wait)
+                level = logging.WARNING if attempt == 0 and wait > 0.1 else logging.DEBUG
+                log.log(level, "%s: %s; trying again, up to %d times", shard, error, retries)
                 time.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -209,6 +221,7 @@ class _Opened:
         self.pid = os.getpid()
         self.random = random.Random()
         self.stats: dict[str, tuple[int, str]] = {}
+        self.failed: dict[str, float] = {}  # shard -> until when it is not waited for
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _LocalFile] = OrderedDict()
         self._remotes: dict[str, Remote] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,12 @@ class Phase:
     max_patches: int | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or len(self.lr) != 2:
-            raise ValueError(f"data.phases: a phase needs epochs >= 1 and lr: [start, end], not {asdict(self)}")
+        counts = {"epochs": self.epochs, "max_length": self.max_length, "max_patches": self.max_patches}
+        for name, count in counts.items():
+            if not (isinstance(count, int) and count >= 1 or count is None and name != "epochs"):
+                raise ValueError(f"data.phases: {name} must be a whole number of at least 1, not {count!r}")
+        if not isinstance(self.lr, Sequence) or [isinstance(rate, int | float) for rate in self.lr] != [True, True]:
+            raise ValueError(f"data.phases: a phase needs lr: [start, end], not {self.lr!r}")
 
 
 def _phase(settings: dict[str, Any]) -> Phase:
@@ -84,6 +88,8 @@ class StageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= max_dropped <= 1:
+            raise ValueError(f"data.max_dropped={max_dropped} must be a share from 0 to 1")
         if processor is None:
             raise ValueError("data.processor is null: name a folder with a tokenizer there, or a model with init_from")
         self.processor_folder = processor
@@ -95,7 +101,7 @@ class StageDataModule(LightningDataModule):
         self.cache = None if cache is None else Path(cache)
         self.storage = Storage(self.cache, int(cache_gb * 1e9))
         self.seed = seed
-        self.unread: Counter[str] = Counter()
+        self._unread: dict[Path, dict[int, str]] = {}
         self._held_out: dict[str, Index] = {}
 
     @property
@@ -145,7 +151,11 @@ class StageDataModule(LightningDataModule):
     @property
     def dropped(self) -> dict[str, int]:
         """Training samples left out so far, by reason; logged as ``data/dropped/<reason>``."""
-        return dict(Counter(self.index.dropped) + self.unread)
+        return dict(Counter(self.index.dropped) + Counter(self._unread_of(self.index).values()))
+
+    def _unread_of(self, index: Index) -> dict[int, str]:
+        """Problems of a set that could not be read, number -> reason."""
+        return self._unread.setdefault(index.path, {})
 
     def phase_of(self, epoch: int) -> Phase:
         """The phase that an epoch of the run belongs to."""
@@ -165,7 +175,7 @@ class StageDataModule(LightningDataModule):
         raise NotImplementedError
 
     def read_problems(self, index: Index, numbers: Iterable[int]) -> list[Problem]:
-        """The problems of these numbers; one that cannot be read is left out and counted under ``unread``.
+        """The problems of these numbers; one that cannot be read is left out and counted, once.
 
         Raises:
             ValueError: when more than ``max_dropped`` of the set could not be read.
@@ -175,11 +185,12 @@ class StageDataModule(LightningDataModule):
             try:
                 problems.append(self._read_problem(index, number))
             except SampleError as fault:
-                self.unread[fault.reason] += 1
+                unread = self._unread_of(index)
+                unread[number] = fault.reason
                 log.warning("left out: %s", fault)
-                if self.unread.total() > self.max_dropped * len(index):
+                if len(unread) > self.max_dropped * len(index):
                     raise ValueError(
-                        f"{self.unread.total()} problems could not be read, more than data.max_dropped="
+                        f"{len(unread)} of {len(index)} problems could not be read, more than data.max_dropped="
                         f"{self.max_dropped} allows; the last: {fault}"
                     ) from fault
         return problems

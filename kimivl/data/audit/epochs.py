@@ -7,7 +7,7 @@ that a loader that strays from its plan is found. ``kimivl.data.audit.verify`` c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from kimivl.data.audit.delivery import Deliveries, History
 
 if TYPE_CHECKING:
     from kimivl.data.index import Index
+    from kimivl.data.mixture import Uses
     from kimivl.data.plan import Plan
 
 TRAINED, MISSING = "trained", "missing"
@@ -58,25 +59,23 @@ def write_epoch_audit(
     folder: Path,
     epoch: int,
     index: Index,
-    uses: np.ndarray,
+    uses: Uses,
     plan: Plan,
     *,
     max_length: int,
     max_patches: int,
-    later: Sequence[tuple[int, int]] = (),
 ) -> Path:
     """Write ``epoch-000.parquet`` of a finished epoch from the surviving delivery log; whole, or not at all.
 
     Args:
-        uses: (N,) how often the epoch was to use each sample, apart from the limits of its packs.
+        uses: how often the epoch was to use each sample, apart from the limits of its packs.
         plan: for its figures only.
         max_length, max_patches: limits of a pack.
-        later: (max_length, max_patches) of the later phases that take what is too large for this one.
     """
     history = History(folder)
     delivered = history.epoch(epoch)
-    left_out = _left_out(index, uses, (max_length, max_patches), later)
-    planned = np.where(left_out == 0, uses, 0).astype(np.int32)
+    left_out = _left_out(index, uses, max_length, max_patches)
+    planned = np.where(left_out == 0, uses.count, 0).astype(np.int32)
     rows = _rows(delivered, planned, left_out)
     about = {
         "epoch": epoch,
@@ -105,19 +104,16 @@ def write_epoch_audit(
     return path
 
 
-def _left_out(index: Index, uses: np.ndarray, limits: tuple[int, int], later: Sequence[tuple[int, int]]) -> np.ndarray:
+def _left_out(index: Index, uses: Uses, max_length: int, max_patches: int) -> np.ndarray:
     """(N,) the code of the status that keeps each sample out of the epoch, 0 where none does."""
-
-    def fits(limits: tuple[int, int]) -> np.ndarray:
-        return (index.tokens <= limits[0]) & (index.patches <= limits[1])
-
-    too_large = ~fits(limits)
-    moves = np.zeros_like(too_large)
-    for phase in later:
-        moves |= too_large & fits(phase)
-    conditions = [moves, index.tokens > limits[0], too_large, uses == 0]
-    codes = [STATUSES.index(status) for status in ("moved", "too_long", "too_many_patches", "not_drawn")]
-    return np.select(conditions, codes, 0).astype(np.int32)
+    conditions = {
+        "moved": uses.moved > 0,
+        "not_drawn": uses.count == 0,
+        "too_long": index.tokens > max_length,
+        "too_many_patches": index.patches > max_patches,
+    }
+    codes = [STATUSES.index(status) for status in conditions]
+    return np.select(list(conditions.values()), codes, 0).astype(np.int32)
 
 
 def _rows(delivered: Deliveries, planned: np.ndarray, left_out: np.ndarray) -> dict[str, np.ndarray]:

@@ -56,6 +56,8 @@ def _print_epoch(epoch: EpochReport, console: Console) -> None:
     mark = "[red]not verified[/]" if epoch.problems else "[green]verified[/]"
     if epoch.figures is None:
         mark = "[red]not verified[/]" if epoch.problems else "[yellow]in progress[/]"
+    elif holes := sum(epoch.figures.quarantined.values()):
+        mark += f", [yellow]{_counted(holes, 'hole')}[/]"
     steps = f"{_counted(epoch.steps, 'step')} of {_counted(epoch.packs_per_step, 'pack')}"
     span = f", {epoch.first_step:,} to {epoch.last_step:,}" if epoch.steps else ""
     ranks = " and ".join(map(str, epoch.world_sizes)) or "no"

@@ -43,9 +43,9 @@ class EpochFigures:
     """What a finished epoch did.
 
     ``samples`` are those of the index, ``planned`` and ``trained`` count uses; ``quarantined`` (uses) and ``left_out``
-    (samples) are counted by reason, as is ``index_dropped``: what is not in the index. ``efficiency`` is tokens /
-    (packs x ``max_length``), ``fills (packs,)`` the same of each pack, ``lengths`` a histogram of trained samples over
-    ``LENGTH_EDGES``, of those with images and those without.
+    (samples) are counted by reason, as is ``index_dropped``: what is not in the index. ``efficiency`` is trained
+    tokens / (packs x ``max_length``), ``fills (packs,)`` the same of each pack, ``lengths`` a histogram of trained
+    samples over ``LENGTH_EDGES``, of those with images and those without.
     """
 
     samples: int
@@ -263,7 +263,7 @@ def _row_problems(delivered: Deliveries, rows: _Rows, name: str) -> Iterator[str
 def _figures(rows: _Rows, planned: int, about: dict[str, Any]) -> EpochFigures:
     made, trained = rows.delivered, rows.has(TRAINED)
     max_length, packs = about["max_length"], about["packs"]
-    tokens = np.bincount(rows.pack[made], rows.tokens[made], minlength=packs)
+    tokens = np.bincount(rows.pack[trained], rows.tokens[trained], minlength=packs)
     lengths, with_images = np.clip(rows.tokens, LENGTH_EDGES[0], LENGTH_EDGES[-1]), rows.patches > 0
     return EpochFigures(
         samples=about["samples"],

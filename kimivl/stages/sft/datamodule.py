@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from kimivl.data.loader import PackLoader
 from kimivl.data.mixture import Limits, Uses, uses_of_epoch
 from kimivl.data.plan import Plan, plan_epoch
@@ -52,20 +54,17 @@ class SFTDataModule(StageDataModule):
         super().__init__(**stage)
         if num_workers < 0 or window < 1:
             raise ValueError(f"data needs num_workers >= 0 and data.window >= 1, not {num_workers} and {window}")
+        if any(phase.max_length is None for phase in self.phases):
+            raise ValueError("data.phases: a supervised stage needs max_length, the tokens of a pack")
         self.num_workers = num_workers
         self.mixture = mixture
         self.too_long: Literal["drop", "move"] = too_long
         self.window = window
-        self.holes: Counter[str] = Counter()
+        self.holes: Counter[str] = Counter()  # of the epoch in progress
+        self.earlier_holes: Counter[str] = Counter()
         self._plans: dict[int, Plan] = {}
         self._planned: dict[int, _Planned] = {}
         self._resumed: dict[str, Any] | None = None
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        for phase in self.phases:
-            if phase.max_length is None:
-                raise ValueError("data.phases: a supervised stage needs max_length, the tokens of a pack")
 
     @property
     def packs_per_step(self) -> int:
@@ -124,8 +123,13 @@ class SFTDataModule(StageDataModule):
         self._planned[epoch] = _Planned(plan.num_steps, dropped)
         for reason, count in dropped.items():
             log.warning("epoch %d leaves out %d samples: %s", epoch, count, reason)
-        if uses.moved:
-            log.info("epoch %d moves %d samples to a later phase: its packs cannot hold them", epoch, uses.moved)
+        if uses.moved.any():
+            log.info(
+                "epoch %d moves %d uses of %d samples to a later phase: its packs cannot hold them",
+                epoch,
+                uses.moved.sum(),
+                np.count_nonzero(uses.moved),
+            )
 
     def planned(self, epoch: int) -> _Planned:
         if epoch not in self._planned:
@@ -135,7 +139,7 @@ class SFTDataModule(StageDataModule):
     @property
     def dropped(self) -> dict[str, int]:
         """Those of the index, what fits into no pack (counted once for each epoch that leaves it out), and holes."""
-        counts = Counter(super().dropped) + self.holes
+        counts = Counter(super().dropped) + self.holes + self.earlier_holes
         for epoch in range(self.max_epochs):
             counts.update(self.planned(epoch).dropped)
         return dict(counts)
@@ -152,13 +156,13 @@ class SFTDataModule(StageDataModule):
 
     def train_dataloader(self) -> PackLoader:
         assert self.trainer is not None
-        epoch = self.trainer.current_epoch
-        plan = self.plan(epoch)
-        start = 0
-        self.unread.update(self.holes)
+        epoch, start = self.trainer.current_epoch, 0
+        self.earlier_holes.update(self.holes)
         self.holes = Counter()
-        if self._resumed is not None and self._resumed["epoch"] == epoch:
-            if self._resumed["plan"] != plan.hash:
+        if epoch >= self.max_epochs:  # a finished run is gone on from: Lightning asks, and trains nothing
+            epoch, start = self.max_epochs - 1, len(self.plan(self.max_epochs - 1))
+        elif self._resumed is not None and self._resumed["epoch"] == epoch:
+            if self._resumed["plan"] != self._identity(epoch):
                 raise ValueError(
                     "the checkpoint was made on other data, or with another data.seed, data.phases, number of packs "
                     "per step (devices x trainer.accumulate_grad_batches) or tokenizer; resume with the settings of "
@@ -168,7 +172,7 @@ class SFTDataModule(StageDataModule):
             self.holes = Counter(self._resumed["holes"])
         self._resumed = None
         return PackLoader(
-            plan,
+            self.plan(epoch),
             self.index,
             self.encoder,
             rank=self.trainer.global_rank,
@@ -179,17 +183,21 @@ class SFTDataModule(StageDataModule):
             dropped=self.holes,
         )
 
+    def _identity(self, epoch: int) -> str:
+        """Of the packs of an epoch, and of what is in them."""
+        return f"{self.plan(epoch).hash}-{self.index.digest}"
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data: epoch, its plan, the optimiser steps completed in it, and its holes."""
         assert self.trainer is not None
         epoch = self.trainer.current_epoch
-        unread = {"unread": dict(self.unread), "holes": dict(self.holes)}
+        holes = {"holes": dict(self.holes), "earlier_holes": dict(self.earlier_holes)}
         if epoch >= self.max_epochs:  # the run has ended, there is no next pack
-            return {"epoch": epoch} | unread
+            return {"epoch": epoch} | holes
         before = sum(self.planned(earlier).steps for earlier in range(epoch))
         step = self.trainer.global_step - before
-        return {"epoch": epoch, "plan": self.plan(epoch).hash, "step": step} | unread
+        return {"epoch": epoch, "plan": self._identity(epoch), "step": step} | holes
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
-        self.unread = Counter(state_dict["unread"])
+        self.earlier_holes = Counter(state_dict["earlier_holes"])
