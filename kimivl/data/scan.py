@@ -62,7 +62,7 @@ def build_index(
 
     Args:
         prompts: the samples are problems to be answered: only the prompt is counted, and an ``answer`` is required.
-        check: a further test of each sample; raises ``SampleError`` to drop it. Picklable, named by its repr.
+        check: a further test of each sample; raises ``SampleError`` to drop it. It is part of the fingerprint.
         max_dropped: the share of samples above which the set is refused.
         folder: where the index goes when it cannot lie beside the shards.
         workers: processes that scan; by default one per CPU.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PICTURE_FILE = "audit.png"
 COLOURS = {"text": "#9aa5b1", "with images": "#3b82c4"}
-BAR = 16
+BAR = 10
 """Characters of the longest bar of the histogram in the terminal."""
 SOURCES = 12
 """Sources that a table and the picture name; the others are summed up."""
@@ -66,7 +66,7 @@ def _print_epoch(epoch: EpochReport, console: Console) -> None:
     if epoch.figures is None:
         console.print(f"{epoch.delivered:,} samples delivered so far\n", highlight=False)
         return
-    grid = Table.grid(padding=(0, 4))
+    grid = Table.grid(padding=(0, 2))
     grid.add_row(_uses_table(epoch.figures), Group(_sources_table(epoch.figures), _lengths_table(epoch.figures)))
     console.print(grid)
     console.print()
@@ -112,7 +112,7 @@ def _sources_table(figures: EpochFigures) -> Table:
 def _lengths_table(figures: EpochFigures) -> Table:
     """Uses by length, an octave a row."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("tokens of a sample", justify="right")
+    table.add_column("length", justify="right", no_wrap=True)
     table.add_column("uses", justify="right")
     table.add_column("")
     counts = np.sum(list(figures.lengths.values()), axis=0).reshape(-1, 2).sum(1)
