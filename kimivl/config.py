@@ -51,6 +51,10 @@ class TrainConfig:
     model: Any = MISSING
     data: Any = MISSING
     module: Any = MISSING
+    kernels: Any = MISSING
+    router: Any = MISSING
+    lora: Any = None
+    activation_checkpointing: str = MISSING
     optimizer: Any = MISSING
     rollout: Any = MISSING
     reward: Any = MISSING

@@ -13,6 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from kimivl.model import attention, experts
 from kimivl.model.configuration import KimiVLConfig, MoonViTConfig
+from kimivl.model.kernels import Kernels
 from kimivl.model.modeling import KimiVLForConditionalGeneration
 from kimivl.model.processor import KimiVLImageProcessor, KimiVLProcessor
 from kimivl.model.vision import MoonViT
@@ -27,6 +28,7 @@ AutoImageProcessor.register(KimiVLConfig, slow_image_processor_class=KimiVLImage
 AutoProcessor.register(KimiVLConfig, KimiVLProcessor, exist_ok=True)
 
 __all__ = [
+    "Kernels",
     "KimiVLConfig",
     "KimiVLForConditionalGeneration",
     "KimiVLImageProcessor",

@@ -35,6 +35,11 @@ SEGMENT_ATTENTION = "kimivl_segments"
 Runs = tuple[tuple[int, int], ...]
 
 
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention kernel that ``name`` stands for on a device."""
+    return "sdpa" if name == "auto" else name
+
+
 def runs_of(lengths: list[int]) -> Runs:
     """(count, length) of each run of neighbouring segments of equal length."""
     return tuple((len(list(same)), length) for length, same in groupby(lengths))

@@ -17,6 +17,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 SORTED_EXPERTS = "kimivl_sorted"
 
 
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The experts kernel that ``name`` stands for on a device."""
+    if name == "auto":
+        return "sorted" if device.type == "cpu" else "grouped_mm"
+    return name
+
+
 def sorted_experts_forward(module: DeepseekV3Experts, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """(T, D) tokens through the (T, K) chosen experts of `module`, summed with the (T, K) weights."""
     if hidden.device.type != "cpu":

@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DeepseekV3ForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -21,6 +20,8 @@ from kimivl.model.attention import SEGMENT_ATTENTION, install, runs_of
 from kimivl.model.cache import decoding_cache
 from kimivl.model.configuration import KimiVLConfig
 from kimivl.model.experts import SORTED_EXPERTS
+from kimivl.model.kernels import Kernels
+from kimivl.model.loss import linear_log_probs
 from kimivl.model.official import OfficialFormat
 from kimivl.model.projector import MultiModalProjector
 from kimivl.model.vision import MoonViT, normalise
@@ -54,9 +55,14 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         self.multi_modal_projector = MultiModalProjector(config)
         self.language_model = DeepseekV3ForCausalLM(config.text_config)
         self.media_id = config.media_placeholder_token_id
+        self.kernels = Kernels()
         install(self.language_model.model)
         self.post_init()
         self._keep_router_bias_in_float32()
+
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Choose who computes attention, experts and loss."""
+        self.kernels = kernels
 
     # ---- inputs -----------------------------------------------------------------------------------------------
 
@@ -214,10 +220,13 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         context = self._context(embeds, cu_seqlens, None, None, None, False)
         hidden = self.language_model.model(inputs_embeds=embeds, **context).last_hidden_state[0]
         chosen = (targets != self.config.ignore_index).nonzero().squeeze(1)
-        logits = self.language_model.lm_head(hidden.index_select(0, chosen)).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        return -F.cross_entropy(logits, targets[chosen], reduction="none")
+        return linear_log_probs(
+            hidden.index_select(0, chosen),
+            self.language_model.lm_head.weight,
+            targets[chosen],
+            temperature,
+            self.kernels.loss,
+        )
 
     # ---- generation -------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kimivl.checkpoint import build_model
 from kimivl.data.pack import PackedBatch
-from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration
+from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.optim.schedule import PhaseSchedule
 from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine
@@ -32,6 +32,10 @@ class StageModule(LightningModule):
         evaluation: how the held-out problems are answered.
         init_from: folder of the model to start from.
         freeze: children of the model that do not train, for example ``vision_tower``.
+        kernels: who computes attention, experts and loss.
+        router: ``bias_update_rate`` and ``aux_loss_weight`` of the experts' balancing.
+        activation_checkpointing: what the forward pass keeps for the backward pass.
+        lora: ``rank``, ``alpha`` and ``targets`` of low-rank adapters, or None to train the parameters themselves.
     """
 
     model: KimiVLForConditionalGeneration
@@ -45,6 +49,10 @@ class StageModule(LightningModule):
         evaluation: Evaluation,
         init_from: str | None = None,
         freeze: Sequence[str] = (),
+        kernels: Kernels | None = None,
+        router: dict[str, float] | None = None,
+        activation_checkpointing: str = "none",
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model_config = model
@@ -54,6 +62,10 @@ class StageModule(LightningModule):
         self.evaluation = evaluation
         self.init_from = init_from
         self.freeze_parts = freeze
+        self.kernels = kernels or Kernels()
+        self.router = router or {}
+        self.activation_checkpointing = activation_checkpointing
+        self.lora = lora
         self.tally = Tally()
         self._train_started = self._seconds_before = 0.0
 
@@ -71,6 +83,7 @@ class StageModule(LightningModule):
             if not hasattr(self.model, part):
                 raise ValueError(f"module.freeze names {part!r}, which the model does not have")
             getattr(self.model, part).requires_grad_(False)
+        self.model.set_kernels(self.kernels)
         tokenizer = processor.tokenizer
         self.engine = self.make_rollout(
             model=self.model,
