@@ -10,18 +10,26 @@ A run takes its start from the first of these that it has:
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLImageProcessor, KimiVLProcessor
+from kimivl.model.lora import merged
+from kimivl.model.official_writing import sync
 from kimivl.model.tokenizer import load_tokenizer
 
 LAST = Path("checkpoints/last.ckpt")
 MODEL = Path("model")
 _SIZES = [(part, name) for part in ("text_config", "vision_config") for name in ("hidden_size", "num_hidden_layers")]
+_SIZES += [("text_config", name) for name in ("n_routed_experts", "moe_intermediate_size", "num_attention_heads")]
+_IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")  # the official file, and transformers' own
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of Linux' renameat2
 _PREVIOUS_STAGE = {"long_cot": "sft", "rl": "long_cot"}
 
 
@@ -31,7 +39,7 @@ def load_processor(folder: str | Path) -> KimiVLProcessor:
     if not folder.is_dir():
         raise ValueError(f"data.processor={folder}: there is no such folder; it must hold a tokenizer")
     tokenizer = load_tokenizer(folder)
-    if (folder / "preprocessor_config.json").exists():
+    if any((folder / name).is_file() for name in _IMAGE_SETTINGS):
         return KimiVLProcessor(KimiVLImageProcessor.from_pretrained(folder), tokenizer)
     return KimiVLProcessor(KimiVLImageProcessor(), tokenizer)
 
@@ -41,20 +49,26 @@ def build_model(
 ) -> KimiVLForConditionalGeneration:
     """The model that a stage trains: from ``init_from`` where given, else fresh with the shapes of ``config``.
 
+    It is made on torch's default device in torch's default dtype: Lightning sets both around ``configure_model``.
+
     Raises:
         ValueError: when the model in ``init_from`` is of another size than ``config`` says.
     """
     if init_from is None:
         return KimiVLForConditionalGeneration(config.with_tokenizer(processor.tokenizer))
-    model = KimiVLForConditionalGeneration.from_pretrained(init_from).train()
+    _check_sizes(KimiVLConfig.from_pretrained(init_from), config, init_from)
+    # In the run's precision: that of the files is for the hand-over, which goes back to it.
+    return KimiVLForConditionalGeneration.from_pretrained(init_from, dtype=torch.get_default_dtype()).train()
+
+
+def _check_sizes(found: KimiVLConfig, wanted: KimiVLConfig, init_from: str) -> None:
     for part, name in _SIZES:
-        found, wanted = (getattr(getattr(c, part), name) for c in (model.config, config))
-        if found != wanted:
+        has, asked = (getattr(getattr(config, part), name) for config in (found, wanted))
+        if has != asked:
             raise ValueError(
-                f"init_from={init_from} has {part}.{name}={found}, but model.{part}.{name} is {wanted}; "
+                f"init_from={init_from} has {part}.{name}={has}, but model.{part}.{name} is {asked}; "
                 "choose the model= that the folder was made with"
             )
-    return model
 
 
 def check_init_from(stage: str, init_from: str | None, name: str) -> None:
@@ -72,6 +86,7 @@ def check_init_from(stage: str, init_from: str | None, name: str) -> None:
                 f"stage={stage} starts from the model of stage={previous}, but init_from is null; {remedy}"
             )
         return
+    put_back(Path(init_from))
     config = Path(init_from) / "config.json"
     if not config.is_file():
         raise ValueError(f"init_from={init_from}: no model there (config.json is missing); {remedy}")
@@ -84,17 +99,57 @@ def check_init_from(stage: str, init_from: str | None, name: str) -> None:
 
 
 def export_model(model: KimiVLForConditionalGeneration, processor: Any, folder: Path) -> None:
-    """Write model and processor in the official format, whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    if folder.exists():
-        folder.replace(old)
-    temporary.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write model (adapters merged) and processor in the official format, whole or not at all.
+
+    All is written into a folder beside ``folder``, which then takes its place; whatever stops the export leaves the
+    folder of before.
+    """
+    put_back(folder)
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
+    fresh.mkdir(parents=True)
+    try:
+        with merged(model):
+            model.save_pretrained(fresh)
+        processor.save_pretrained(fresh)
+        for file in fresh.iterdir():
+            sync(file)
+        sync(fresh)
+        _replace(folder, fresh)
+    finally:
+        put_back(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Bring back the folder of before, where an export was killed between the two renames of ``_replace``."""
+    if (old := _set_aside(folder)).is_dir() and not folder.exists():
+        old.rename(folder)
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    """Put ``fresh`` in the place of ``folder``; the folder of before, where there is one, is removed."""
+    if not folder.exists():
+        fresh.rename(folder)
+    elif not _exchange(folder, fresh):
+        old = _set_aside(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent)
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; False where the system or its file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def resume_path(output_dir: Path, ckpt_path: str | None, unfinished: bool) -> Path | None:

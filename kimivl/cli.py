@@ -14,11 +14,16 @@ def main(argv: list[str] | None = None) -> int:
     for name, add, summary in (
         ("build", _add_build, "make shards of chats in JSON, JSONL, parquet or datasets folders"),
         ("index", _add_index, "index shards: count tokens and patches, find what cannot be used"),
+        ("memory", _add_memory, "where each GB of a training run goes on one device, before anything starts"),
         ("audit", _add_audit, "prove from a run's files that each sample was used as planned"),
         ("report", _add_report, "table, summary.json and summary.png of the stages in a run folder"),
     ):
         add(verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."))
-    arguments = parser.parse_args(argv)
+    arguments, more = parser.parse_known_args(argv)
+    if more and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # overrides that stand behind an option
+        arguments.overrides += more
     try:
         return arguments.call(arguments)
     except ValueError as error:
@@ -76,6 +81,45 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
         return 0
 
     parser.set_defaults(call=call)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as of train.py, for example stage=sft experiment=kimi_vl_a3b activation_checkpointing=full",
+    )
+    parser.add_argument("--gpu", metavar="SIZE", help="80GB, 79.1GiB or a name such as H200; default: this machine's")
+    parser.add_argument("--patches", type=_count, help="image patches of a pack; default: the most the config allows")
+    parser.add_argument(
+        "--prompt-tokens", type=_count, default=1024, help="of a problem of stage rl, with its images (default: 1024)"
+    )
+
+    def call(arguments: argparse.Namespace) -> int:
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        from kimivl.config import compose_run, validate
+        from kimivl.memory.report import run_memory
+
+        try:
+            cfg = compose_run(*arguments.overrides)
+            validate(cfg)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        config = OmegaConf.to_container(cfg, resolve=True)
+        return run_memory(config, arguments.gpu, arguments.patches, arguments.prompt_tokens)  # type: ignore[arg-type]
+
+    parser.set_defaults(call=call)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
 
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:

@@ -113,9 +113,25 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
     for key in sorted(_PLANNED & set(cfg.trainer)):
         raise ValueError(f"trainer.{key}: the length of a run is planned from data.phases; set epochs there")
+    _check_in_backward(cfg)
     # A group that `module` refers to is found there too: the shortest name is the one that a user types.
     for key, problem in sorted(check_targets(cfg), key=lambda mistake: mistake[0].count(".")):
         raise ValueError(f"{key}: {problem}")
+
+
+def _check_in_backward(cfg: DictConfig) -> None:
+    """An optimiser that steps in the backward pass has each gradient once: nothing can add to it or clip it."""
+    if not str(cfg.optimizer.get("_target_")).endswith("MuonAdamWInBackward"):
+        return
+    for key, wanted, instead in (
+        ("accumulate_grad_batches", 1, "longer packs (data.phases) make larger steps"),
+        ("gradient_clip_val", None, "it clips by itself, as optimizer.clip and optimizer.clip_norm say"),
+    ):
+        if cfg.trainer.get(key, wanted) != wanted:
+            value = "null" if wanted is None else wanted
+            raise ValueError(
+                f"trainer.{key}={cfg.trainer[key]}: optimizer=muon_in_backward needs trainer.{key}={value}; {instead}"
+            )
 
 
 def check_targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from kimivl import tracking
 from kimivl.checkpoint import LAST, MODEL, check_init_from, export_model, resume_path
 from kimivl.config import AUDIT, HISTORY_FILE, METRICS_FILE, Interrupted, validate
 from kimivl.launch import check_launch
+from kimivl.memory.check import check_memory
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def run(cfg: DictConfig) -> float | None:
     validate(cfg)
     check_launch(cfg.trainer.devices, cfg.trainer.num_nodes)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    check_memory(config, hydra_cfg.overrides.task)
     resume = _resume(output_dir, cfg.ckpt_path, config)
     _quiet()
     seed_everything(cfg.seed, verbose=False)

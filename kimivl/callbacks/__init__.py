@@ -1,9 +1,10 @@
 """What watches a run: its progress, its speed, its examples, and the signals that stop it."""
 
 from kimivl.callbacks.audit import Audit
+from kimivl.callbacks.experts import Experts
 from kimivl.callbacks.preemption import Preemption
 from kimivl.callbacks.progress import Progress
 from kimivl.callbacks.samples import Samples
 from kimivl.callbacks.throughput import Throughput
 
-__all__ = ["Audit", "Preemption", "Progress", "Samples", "Throughput"]
+__all__ = ["Audit", "Experts", "Preemption", "Progress", "Samples", "Throughput"]

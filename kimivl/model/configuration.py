@@ -32,6 +32,7 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "tie_word_embeddings": False,
 }
+_EXPERT_SIZES = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
 # Derived by transformers, or not in the official file.
 _TEXT_NOT_WRITTEN = {"head_dim", "qk_head_dim", "rope_parameters", "rope_interleave", "model_type"}
 _TEXT_NOT_WRITTEN |= {"num_nextn_predict_layers", "num_mtp_layers", "pretraining_tp", "output_router_logits"}
@@ -149,7 +150,27 @@ def _text_config(given: dict[str, Any] | PreTrainedConfig | None) -> tuple[Deeps
             raise ValueError(f"text_config.{key}: only {value!r} is Kimi-VL's, got {fields[key]!r}")
     if fields.get("vocab_size") is None:
         fields.pop("vocab_size", None)  # not known yet: transformers wants a number, with_tokenizer brings it
+    _check_experts(fields)
     return DeepseekV3Config(**fields), fields.get("vocab_size")
+
+
+def _check_experts(fields: dict[str, Any]) -> None:
+    """ValueError, one line, for a choice of experts that cannot be made."""
+    whole = {key: value for key, value in vars(DeepseekV3Config()).items() if key in _EXPERT_SIZES} | fields
+    experts, chosen, groups, kept = (whole[key] for key in _EXPERT_SIZES)
+    if groups < 1 or experts % groups or experts < 2 * groups:
+        raise ValueError(
+            f"text_config.n_routed_experts {experts} must be a multiple of n_group {groups}, with 2 or more in a group"
+        )
+    if not 1 <= kept <= groups:
+        raise ValueError(f"text_config.topk_group {kept} must be from 1 to n_group {groups}")
+    if not 1 <= chosen <= kept * experts // groups:
+        raise ValueError(
+            f"text_config.num_experts_per_tok {chosen} must be from 1 to the {kept * experts // groups} experts to "
+            f"choose from (n_routed_experts {experts}, in {kept} of {groups} groups)"
+        )
+    if whole.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"text_config.hidden_act: only 'silu' is Kimi-VL's, got {whole['hidden_act']!r}")
 
 
 def _official_text(text: PreTrainedConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 Attention = Literal["auto", "varlen", "flash", "flex", "sdpa"]
 Experts = Literal["auto", "grouped_mm", "sorted"]
-Loss = Literal["auto", "chunked", "cce", "liger"]
+Loss = Literal["auto", "chunked", "liger"]
 _CHOICES = {"attention": get_args(Attention), "experts": get_args(Experts), "loss": get_args(Loss)}
 
 

@@ -9,21 +9,23 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DeepseekV3ForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from kimivl.model.attention import SEGMENT_ATTENTION, install, runs_of
+from kimivl.model.attention import SEGMENT_ATTENTION, Segments, install
 from kimivl.model.cache import decoding_cache
 from kimivl.model.configuration import KimiVLConfig
-from kimivl.model.experts import SORTED_EXPERTS
+from kimivl.model.experts import implementation
 from kimivl.model.kernels import Kernels
 from kimivl.model.loss import linear_log_probs
 from kimivl.model.official import OfficialFormat
 from kimivl.model.projector import MultiModalProjector
+from kimivl.model.router import route_in_float32
 from kimivl.model.vision import MoonViT, normalise
 
 
@@ -49,7 +51,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
                 "with config.with_tokenizer(tokenizer) before building the model"
             )
         config._attn_implementation = SEGMENT_ATTENTION
-        config.text_config._experts_implementation = SORTED_EXPERTS
+        config.text_config._experts_implementation = implementation("auto")
         super().__init__(config)
         self.vision_tower = MoonViT(config.vision_config)
         self.multi_modal_projector = MultiModalProjector(config)
@@ -57,12 +59,14 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         self.media_id = config.media_placeholder_token_id
         self.kernels = Kernels()
         install(self.language_model.model)
+        route_in_float32(self.language_model)
         self.post_init()
         self._keep_router_bias_in_float32()
 
     def set_kernels(self, kernels: Kernels) -> None:
         """Choose who computes attention, experts and loss."""
         self.kernels = kernels
+        self.config.text_config._experts_implementation = implementation(kernels.experts)
 
     # ---- inputs -----------------------------------------------------------------------------------------------
 
@@ -84,7 +88,8 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         dtype = self.multi_modal_projector.linear_1.weight.dtype
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalise(pixel_values)
-        features = self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype), image_grid_hws))
+        patches = self.vision_tower(pixel_values.to(dtype), image_grid_hws, self.kernels.attention)
+        features = self.multi_modal_projector(patches)
         if image_order is None:
             return features
         tokens = image_grid_hws.prod(1) // math.prod(self.config.vision_config.merge_kernel_size)
@@ -192,12 +197,15 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
             }
         if use_cache or past_key_values is not None or attention_mask is not None:
             raise ValueError("cu_seqlens describes a training pack: no cache and no attention_mask with it")
-        lengths = segment_lengths(cu_seqlens, embeds.shape)
+        if len(embeds) != 1:
+            raise ValueError(f"cu_seqlens describes one packed row, got {len(embeds)} rows: put them end to end")
+        segments = Segments.of(cu_seqlens, embeds.shape[1])
         return {
-            "position_ids": positions_of_pack(cu_seqlens) if position_ids is None else position_ids,
+            "position_ids": segments.positions if position_ids is None else position_ids,
             # transformers hands a 4-D mask through as it is, and builds no T x T mask of its own
             "attention_mask": cu_seqlens.view(1, 1, 1, -1),
-            "runs": runs_of(lengths),
+            "segments": segments,
+            "kernel": self.kernels.attention,
             "use_cache": False,
         }
 
@@ -216,10 +224,11 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         `input_ids`, `targets` (T,): targets[t] is the token that position t predicts, or -100. The vocabulary
         projection is applied at the K target positions only. `image_order`: see `image_features`.
         """
+        # first, since it waits for the device: later it would wait for the decoder too
+        chosen = (targets != self.config.ignore_index).nonzero().squeeze(1)
         embeds = self.embed(input_ids[None], pixel_values, image_grid_hws, image_order)
         context = self._context(embeds, cu_seqlens, None, None, None, False)
         hidden = self.language_model.model(inputs_embeds=embeds, **context).last_hidden_state[0]
-        chosen = (targets != self.config.ignore_index).nonzero().squeeze(1)
         return linear_log_probs(
             hidden.index_select(0, chosen),
             self.language_model.lm_head.weight,
@@ -264,12 +273,16 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
             if name.endswith("e_score_correction_bias"):
                 buffer.data = buffer.data.float()
 
-
-def positions_of_pack(cu_seqlens: Tensor) -> Tensor:
-    """(1, T) positions that restart at each segment: cu_seqlens [0, 3, 5] -> [[0, 1, 2, 0, 1]]."""
-    lengths = cu_seqlens.diff()
-    start = torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    return (torch.arange(len(start), device=cu_seqlens.device) - start)[None]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Every move and cast of the model. Buffers stay float32: rounded routing biases would choose other experts,
+        and a RoPE frequency that is 0.2% off turns a token at position 100,000 by another angle altogether."""
+        buffers = [(module, *named) for module in self.modules() for named in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, before in buffers:
+            now = module._buffers[name]
+            if before is not None and now is not None and before.dtype != now.dtype:
+                module._buffers[name] = before.to(now.device)
+        return self
 
 
 def positions_of_mask(attention_mask: Tensor) -> Tensor:
@@ -285,15 +298,3 @@ def refuse_restarts(position_ids: Tensor, attention_mask: Tensor | None) -> None
         restarts = restarts & attended[:, 1:] & attended[:, :-1]
     if restarts.numel() and bool(restarts.any()):
         raise ValueError("position_ids restart inside a row: describe a pack with cu_seqlens")
-
-
-def segment_lengths(cu_seqlens: Tensor, shape: torch.Size) -> list[int]:
-    """Lengths of the segments of a (1, T, D) row; ValueError when they do not cover it."""
-    ends = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-    if shape[0] != 1 or ends[0] != 0 or ends[-1] != shape[1] or min(lengths, default=0) <= 0:
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the {shape[1]} tokens of one row, got {ends[:4]} ... {ends[-1]} "
-            f"for {shape[0]} row(s)"
-        )
-    return lengths

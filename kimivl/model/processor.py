@@ -13,6 +13,7 @@ Legend: P patches, h w grid of an image in patches.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -50,6 +51,7 @@ class KimiVLImageProcessor(BaseImageProcessor):
         resize: Resize = "torch",
         **kwargs: Any,
     ) -> None:
+        kwargs.pop("auto_map", None)  # of the hub's own code, which is not needed and does not travel with a checkpoint
         super().__init__(**kwargs)
         if set(image_mean) | set(image_std) != {0.5} or not pad_input:
             raise ValueError("Kimi-VL's image processor has mean = std = 0.5 and pad_input = true")
@@ -155,6 +157,11 @@ class KimiVLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
+        """Write transformers' own files, and the official `preprocessor_config.json`, which other readers look for."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        return [*(files or []), *self.image_processor.save_pretrained(save_directory)]
 
     def __call__(
         self,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kimivl.model.attention import Runs, runs_of, segment_attention
+from kimivl.model.attention import Segments, segment_attention
 from kimivl.model.configuration import MoonViTConfig
+from kimivl.model.kernels import Attention
 
 MAX_SIDE = 512  # patches; the 2-D RoPE of the reference has a table of this size
 _NORM_EPS = 1e-5
@@ -82,16 +83,15 @@ class Block(GradientCheckpointingLayer):
         self.wo = nn.Linear(dim, dim)
         self.mlp = MLP(dim, config.intermediate_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], runs: Runs) -> Tensor:
-        x = x + self._attend(self.norm0(x), rope, runs)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, kernel: Attention) -> Tensor:
+        x = x + self._attend(self.norm0(x), rope, segments, kernel)
         return x + self.mlp(self.norm1(x))
 
-    def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor], runs: Runs) -> Tensor:
+    def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, kernel: Attention) -> Tensor:
         qkv = self.wqkv(x).view(x.shape[0], 3, self.num_heads, -1)
-        q, k = rotate(qkv[:, :2], *rope).permute(1, 2, 0, 3).unbind(0)
-        v = qkv[:, 2].transpose(0, 1)
-        out = segment_attention(q, k, v, runs, scale=q.shape[-1] ** -0.5, causal=False)
-        return self.wo(out.transpose(0, 1).flatten(1))
+        q, k = rotate(qkv[:, :2], *rope).unbind(1)
+        out = segment_attention(q, k, qkv[:, 2], segments, q.shape[-1] ** -0.5, False, kernel)
+        return self.wo(out.flatten(1))
 
 
 class Encoder(nn.Module):
@@ -102,9 +102,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], runs: Runs) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, kernel: Attention) -> Tensor:
         for block in self.blocks:
-            x = block(x, rope, runs)
+            x = block(x, rope, segments, kernel)
         return self.final_layernorm(x)
 
 
@@ -127,23 +127,33 @@ class MoonViT(PreTrainedModel):
         self.encoder = Encoder(config)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, image_grid_hws: Tensor) -> Tensor:
-        """(P, 3, 14, 14) normalised pixels and (n_images, 2) grids -> (P / 4, 4, D) merged patches."""
+    def forward(self, pixel_values: Tensor, image_grid_hws: Tensor, kernel: Attention = "auto") -> Tensor:
+        """(P, 3, 14, 14) normalised pixels and (n_images, 2) grids -> (P / 4, 4, D) merged patches.
+
+        `kernel`: who computes attention, see `kimivl.model.segment_attention`.
+        """
         grids = self._grids(image_grid_hws, pixel_values.shape[0])
-        lengths = [height * width for height, width in grids]
+        segments = Segments.of_lengths([height * width for height, width in grids], pixel_values.device)
         x = self.patch_embed(pixel_values, grids)
         rope = rope_2d(grids, self.head_dim, pixel_values.device)
-        x = self.encoder(x, rope, runs_of(lengths))
+        x = self.encoder(x, rope, segments, kernel)
         return self._merge(x, grids)
 
     def _grids(self, image_grid_hws: Tensor, patches: int) -> list[tuple[int, int]]:
         grids = [(int(h), int(w)) for h, w in image_grid_hws.tolist()]
         for image, (height, width) in enumerate(grids):
-            if height % self.merge[0] or width % self.merge[1] or not 0 < max(height, width) < MAX_SIDE:
+            if (
+                height % self.merge[0]
+                or width % self.merge[1]
+                or min(height, width) <= 0
+                or max(height, width) >= MAX_SIDE
+            ):
                 raise ValueError(
                     f"image {image}: grid {height}x{width} must be even and under {MAX_SIDE} patches a side; "
                     "prepare images with KimiVLImageProcessor"
                 )
+        if not grids:
+            raise ValueError("image_grid_hws names no images: pass pixel_values=None for a batch without any")
         if sum(h * w for h, w in grids) != patches:
             raise ValueError(
                 f"image_grid_hws counts {sum(h * w for h, w in grids)} patches, pixel_values has {patches}"

@@ -7,50 +7,36 @@ rate and weight decay are shared:
     W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, cols)) O
 
 A model of this family has thousands of small matrices (one per expert and projection). They are never
-walked one by one: all of one shape are orthogonalised together by batched products.
+walked one by one: all of one shape are orthogonalised together, in batches that bound the workspace.
 
-Shapes: B matrices of one shape, R rows <= C columns; E experts, H hidden, I expert width.
+Shapes: B matrices of one shape, R rows <= C columns.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NS_EPS = 1e-7
+from kimivl.optim.batches import Piece, cut
+from kimivl.optim.costs import Copies, adamw_bytes, muon_bytes
+from kimivl.optim.matrices import SPLITS, matrices_of
+from kimivl.optim.newton_schulz import newton_schulz_flops, orthogonalise
+from kimivl.optim.rounding import ROUNDINGS, Wide
+from kimivl.optim.settings import check_at_least_zero, check_below_one, float_dtype
+
 # The update RMS of AdamW that Muon's update is scaled to (Moonlight, equation 4).
 RMS_MATCH = 0.2
-# Numbers in one batched product at most, so that a 16B model's experts are not copied all at once.
-MAX_BATCH_NUMEL = 2**28
-
-# Tables and heads: two dimensions or more, but rows that are looked up and not a map between spaces.
-TABLES = ("embed_tokens", "lm_head", "pos_emb")
-# Parameters that hold several matrices stacked along their rows, by the module or parameter that names them.
-SPLITS = {"wqkv": 3, "gate_up_proj": 2}
-
-
-class Matrices(NamedTuple):
-    """A parameter read as matrices: ``tensor.reshape(number, rows, cols)``, each transposed if tall."""
-
-    number: int
-    rows: int
-    cols: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """(number, R, C), R <= C, of a tensor shaped like the parameter; a view of a contiguous one."""
-        stack = tensor.reshape(self)
-        return stack.mT if self.rows > self.cols else stack
-
-    @property
-    def wide(self) -> tuple[int, int]:
-        """(R, C) after the transposition: what parameters of one batch have in common."""
-        return min(self.rows, self.cols), max(self.rows, self.cols)
+# Numbers in one batch at most: at 16B parameters the workspace is then about 1 GB, and not a copy of the model.
+MAX_BATCH_NUMEL = 2**26
+# On the CPU what the iterations of a batch pass over stays in a core's cache: a quarter faster than from memory.
+CPU_BATCH_NUMEL = 2**18
+# Numbers that stay together when AdamW's parameters are cut, so that pieces begin at aligned addresses.
+BLOCK = 1024
 
 
 class MuonAdamW(Optimizer):
@@ -59,7 +45,9 @@ class MuonAdamW(Optimizer):
     Routing is by name and shape. Muon takes matrices: the rows of fused ``wqkv`` per q, k and v, stacked
     experts (E, 2I, H) and (E, H, I) per expert and per gate and up, a convolution (D, 3, 14, 14) as
     (D, 588); MLA matrices are not split by head. AdamW takes the embedding, ``lm_head``, the vision
-    tower's position table, norms and biases. Parameters without a gradient are skipped.
+    tower's position table, norms, biases and LoRA factors. Parameters without a gradient are skipped.
+
+    All arithmetic but the Newton-Schulz products is in float32, whatever the dtype of parameters and states.
 
     Example::
 
@@ -77,10 +65,12 @@ class MuonAdamW(Optimizer):
         splits: number of equal matrices along the rows of the parameters that have this part in their name.
         ns_dtype: dtype of the Newton-Schulz products (``"float32"``, ``"bfloat16"``); by default bfloat16,
             and float32 on the CPU, where bfloat16 products are many times slower.
+        rounding: how results are kept in bf16 parameters (``kimivl.optim.rounding``); ``stochastic`` rounds bf16
+            moments so, too. The random bits are a function of the number of steps, which is in the state dict.
+        state_dtype: of momenta and moments (``"float32"``, ``"bfloat16"``); by default that of the parameter.
 
     Raises:
-        ValueError: for a setting out of its range, or a parameter that is not contiguous, whose rows do not
-            divide by its split, or that has three dimensions without being a stack of experts.
+        ValueError: for a setting out of its range, or a parameter that ``matrices_of`` refuses.
     """
 
     def __init__(
@@ -95,9 +85,13 @@ class MuonAdamW(Optimizer):
         adamw_lr_ratio: float = 1.0,
         splits: Mapping[str, int] | None = None,
         ns_dtype: str | None = None,
+        rounding: Literal["stochastic", "nearest", "master"] = "stochastic",
+        state_dtype: str | None = None,
     ) -> None:
-        _check_at_least_zero(lr=lr, weight_decay=weight_decay, adamw_eps=adamw_eps, adamw_lr_ratio=adamw_lr_ratio)
-        _check_below_one(momentum=momentum, beta1=adamw_betas[0], beta2=adamw_betas[1])
+        check_at_least_zero(lr=lr, weight_decay=weight_decay, adamw_eps=adamw_eps, adamw_lr_ratio=adamw_lr_ratio)
+        check_below_one(momentum=momentum, beta1=adamw_betas[0], beta2=adamw_betas[1])
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"optimizer.rounding={rounding}: choose one of {', '.join(ROUNDINGS)}")
         named = dict(named_parameters)
         splits = SPLITS if splits is None else splits
         self._matrices = {
@@ -105,19 +99,23 @@ class MuonAdamW(Optimizer):
             for name, parameter in named.items()
             if (matrices := matrices_of(name, parameter, splits)) is not None
         }
-        self._ns_dtype = _float_dtype(ns_dtype)
+        self._ns_dtype = float_dtype("ns_dtype", ns_dtype)
+        self._state_dtype = float_dtype("state_dtype", state_dtype)
+        self._rounding = rounding
+        self._generators: dict[torch.device, Generator] = {}
         muon = {
             "params": [parameter for parameter in named.values() if parameter in self._matrices],
             "lr": lr,
             "momentum": momentum,
             "ns_steps": ns_steps,
+            "steps": 0,  # of the whole optimiser, for the random bits; never reset, unlike the states
         }
         rest = {
             "params": [parameter for parameter in named.values() if parameter not in self._matrices],
             "lr": lr * adamw_lr_ratio,
             "betas": tuple(adamw_betas),
             "eps": adamw_eps,
-            "fused": True,  # also tells load_state_dict to keep the step counters beside the parameters
+            "fused": True,
         }
         super().__init__([muon, rest], {"weight_decay": weight_decay})
 
@@ -128,57 +126,108 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._begin_step()
         muon, rest = self.param_groups
-        self._step_muon(muon)
-        self._step_adamw(rest)
+        self._step_muon(_with_gradient(muon["params"]))
+        self._step_adamw(_with_gradient(rest["params"]))
         return loss
 
-    def _step_muon(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
-        updates = self._nesterov(parameters, group["momentum"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter, update in zip(parameters, updates, strict=True):
-            matrices = self._matrices[parameter]
-            key = (matrices.wide, parameter.device, parameter.dtype)
-            batches[key].append((matrices.of(parameter), matrices.of(update)))
-        for ((_, cols), device, _), batch in batches.items():
-            dtype = self._ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-            step_size = group["lr"] * RMS_MATCH * math.sqrt(cols)
-            for stacks, updates in _chunks(batch):
-                _add_orthogonalised(stacks, updates, -step_size, group["ns_steps"], dtype)
+    def _begin_step(self) -> None:
+        """Count the step and start its random bits, the same ones whenever this step is made."""
+        group = self.param_groups[0]
+        group["steps"] += 1
+        for generator in self._generators.values():
+            generator.manual_seed(_seed(group["steps"]))
 
-    def _nesterov(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
-        """The updates U, after the momenta M have taken in the gradients.
+    def _noise(self, device: torch.device) -> Generator | None:
+        if self._rounding != "stochastic":
+            return None
+        if device not in self._generators:
+            self._generators[device] = Generator(device).manual_seed(_seed(self.param_groups[0]["steps"]))
+        return self._generators[device]
+
+    # ---- Muon -------------------------------------------------------------------------------------------------
+
+    def _step_muon(self, parameters: Sequence[Tensor]) -> None:
+        for batch in self._muon_batches(parameters):
+            self._move(batch)
+
+    def _muon_batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Piece]]:
+        """Matrices of one shape and dtype, at most MAX_BATCH_NUMEL numbers (and at least one matrix) at a time."""
+        alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            alike[self._matrices[parameter].wide, parameter.device, parameter.dtype].append(parameter)
+        for (wide, _, _), members in alike.items():
+            limit = max(1, _batch_numel(members[0]) // math.prod(wide))
+            for batch in cut([self._matrices[parameter].number for parameter in members], limit):
+                yield [Piece(members[i], self._matrices[members[i]], part) for i, part in batch]
+
+    def _move(self, pieces: list[Piece]) -> None:
+        """Move the matrices of one batch."""
+        group, device = self.param_groups[0], pieces[0].parameter.device
+        moves = orthogonalise(self._nesterov(pieces, group["momentum"]), group["ns_steps"]).float()
+        weights = self._weights(pieces)
+        torch._foreach_mul_(weights.values, 1 - group["lr"] * group["weight_decay"])
+        step_size = group["lr"] * RMS_MATCH * math.sqrt(moves.shape[2])
+        values = self._laid_wide(pieces, weights.values)
+        torch._foreach_add_(values, list(moves.split([len(value) for value in values])), alpha=-step_size)
+        weights.store(self._noise(device))
+
+    def _nesterov(self, pieces: list[Piece], momentum: float) -> Tensor:
+        """The updates U (B, R, C) of one batch in ``ns_dtype``, after the momenta M have taken in the gradients.
 
         Written as interpolations, as torch.optim.Muon does: M and U are then ``1 - momentum`` times those
         of the paper, a factor that the normalisation in Newton-Schulz takes out again.
         """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = [self._momentum_buffer(parameter) for parameter in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        return list(torch._foreach_lerp(gradients, buffers, momentum))
+        gradients = self._gradients(pieces)
+        momenta = Wide([piece.of(self._state(piece.parameter, "momentum_buffer")) for piece in pieces])
+        torch._foreach_lerp_(momenta.values, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, momenta.values, momentum)
+        device = pieces[0].parameter.device
+        momenta.store(self._noise(device))
+        del gradients, momenta  # frees float32 copies
+        return torch.cat(self._laid_wide(pieces, updates)).to(self._products_dtype(device))
 
-    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
+    def _products_dtype(self, device: torch.device) -> torch.dtype:
+        return self._ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
-    def _step_adamw(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
+    def _laid_wide(self, pieces: list[Piece], values: Sequence[Tensor]) -> list[Tensor]:
+        return [self._matrices[piece.parameter].laid_wide(value) for piece, value in zip(pieces, values, strict=True)]
+
+    # ---- AdamW ------------------------------------------------------------------------------------------------
+
+    def _step_adamw(self, parameters: Sequence[Tensor]) -> None:
+        for members in _alike(parameters):
+            for batch in self._adamw_batches(members):
+                self._adamw(batch)
+            torch._foreach_add_([self._state(parameter, "step") for parameter in members], 1)
+
+    def _adamw_batches(self, members: list[Tensor]) -> Iterator[list[Piece]]:
+        """Four tensors a parameter are widened at once; where all are float32 there is nothing to widen or to cut."""
+        if members[0].dtype == self._dtype_of_state(members[0]) == torch.float32:
+            yield [Piece(member, (-1,), slice(None)) for member in members]
             return
-        states = [self._adamw_state(parameter) for parameter in parameters]
+        blocks = [math.ceil(member.numel() / BLOCK) for member in members]
+        for batch in cut(blocks, max(1, _batch_numel(members[0]) // (4 * BLOCK))):
+            yield [Piece(members[i], (-1,), slice(part.start * BLOCK, part.stop * BLOCK)) for i, part in batch]
+
+    def _adamw(self, pieces: list[Piece]) -> None:
+        """torch's own update, on float32 values."""
+        group, noise = self.param_groups[1], self._noise(pieces[0].parameter.device)
+        weights, gradients = self._weights(pieces), self._gradients(pieces)
+        first, second = (
+            Wide([piece.of(self._state(piece.parameter, name)) for piece in pieces])
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        # Copies: it counts a step, and a parameter may come in several pieces.
+        steps = list(torch.stack([self._state(piece.parameter, "step") for piece in pieces]).unbind())
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            weights.values,
+            gradients,
+            first.values,
+            second.values,
             [],
-            [state["step"] for state in states],
+            steps,
             fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
@@ -188,118 +237,107 @@ class MuonAdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        for changed in (weights, first, second):
+            changed.store(noise)
 
-    def _adamw_state(self, parameter: Tensor) -> dict[str, Tensor]:
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    def _weights(self, pieces: list[Piece]) -> Wide:
+        parameters = [piece.of(piece.parameter) for piece in pieces]
+        if self._rounding != "master" or parameters[0].dtype != torch.bfloat16:
+            return Wide(parameters)
+        return Wide(parameters, [piece.of(self._state(piece.parameter, "remainder")) for piece in pieces])
+
+    @staticmethod
+    def _gradients(pieces: list[Piece]) -> list[Tensor]:
+        return Wide([piece.of(piece.parameter.grad) for piece in pieces if piece.parameter.grad is not None]).values
+
+    def _state(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
+        if name not in state:
+            shape = () if name == "step" else parameter.shape
+            state[name] = torch.zeros(shape, dtype=self._dtype_of(name, parameter), device=parameter.device)
+        return state[name]
 
+    def _dtype_of(self, name: str, parameter: Tensor) -> torch.dtype:
+        special = {"step": torch.float32, "remainder": torch.int16}
+        return special.get(name) or self._dtype_of_state(parameter)
 
-def matrices_of(name: str, parameter: Tensor, splits: Mapping[str, int]) -> Matrices | None:
-    """How Muon reads a parameter, or None where it belongs to AdamW.
+    def _dtype_of_state(self, parameter: Tensor) -> torch.dtype:
+        return self._state_dtype or parameter.dtype
 
-    Example, with the default splits::
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict, each tensor in the dtype that this optimiser keeps it in.
 
-        vision_tower.encoder.blocks.0.wqkv.weight (3456, 1152)      -> Matrices(3, 1152, 1152)
-        vision_tower.patch_embed.proj.weight (1152, 3, 14, 14)      -> Matrices(1, 1152, 588)
-        ...mlp.experts.gate_up_proj (64, 2816, 2048)                -> Matrices(128, 1408, 2048)
-        ...mlp.experts.down_proj (64, 2048, 1408)                   -> Matrices(64, 2048, 1408)
-        ...embed_tokens.weight, lm_head.weight, pos_emb.weight, any norm or bias -> None
-    """
-    parts = name.split(".")
-    if parameter.ndim < 2 or any(table in parts for table in TABLES):
-        return None
-    if not parameter.is_contiguous():
-        raise ValueError(f"{name} is not contiguous: call .contiguous() on it before making the optimizer")
-    split = next((count for part, count in splits.items() if part in parts), 1)
-    if parameter.ndim == 3:
-        if "experts" not in parts:
-            raise ValueError(f"{name} {tuple(parameter.shape)}: only stacked experts may have three dimensions")
-        stacked, rows, cols = parameter.shape
-    else:
-        stacked, rows, cols = 1, parameter.shape[0], parameter[0].numel()
-    if rows % split:
-        raise ValueError(f"{name} {tuple(parameter.shape)}: {rows} rows do not divide into {split} matrices")
-    return Matrices(stacked * split, rows // split, cols)
+        torch's own would cast all of them to the dtype of the parameter: float32 moments of bf16 parameters would
+        lose half of their bits, and the remainders their meaning.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        self.param_groups[0].setdefault("steps", 0)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                dtype = self._dtype_of(name, parameter)
+                self.state[parameter][name] = value.to(dtype=dtype, device=parameter.device)
 
+    # ---- costs ------------------------------------------------------------------------------------------------
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz: replace the singular values of each matrix by values near 1. Overwrites its argument.
+    def newton_schulz_flops(self) -> int:
+        """Floating-point operations of the orthogonalisation in one step of all parameters."""
+        steps = self.param_groups[0]["ns_steps"]
+        return sum(newton_schulz_flops(*matrices, steps=steps) for matrices in self._matrices.values())
 
-    The quintic of Keller Jordan's Muon, whose coefficients trade exactness (values end in about [0.7, 1.2])
-    for the steepest rise from 0.
+    def workspace(self) -> int:
+        """Bytes that one step of all parameters takes at its peak, and gives back (gradients as the parameters).
 
-    Args:
-        matrices: (B, R, C), R <= C, in the dtype to compute in.
-        steps: iterations.
+        Parameters on the meta device will do.
+        """
+        muon, rest = self.param_groups
+        peaks = [0.0]
+        for batch in self._muon_batches(muon["params"]):
+            parameter = batch[0].parameter
+            wide = self._matrices[parameter].wide
+            number = sum(piece.part.stop - piece.part.start for piece in batch)
+            product = self._products_dtype(parameter.device).itemsize
+            peaks.append(muon_bytes(self._copies(parameter), product, number, *wide))
+        for members in _alike(rest["params"]):
+            for batch in self._adamw_batches(members):
+                numel = sum(piece.of(piece.parameter).numel() for piece in batch)
+                peaks.append(adamw_bytes(self._copies(batch[0].parameter), numel))
+        return math.ceil(max(peaks))
 
-    Returns:
-        (B, R, C) in the same dtype.
-    """
-    a, b, c = NS_COEFFICIENTS
-    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
-    x = matrices.div_(norms.clamp_(min=NS_EPS))
-    spare = torch.empty_like(x)
-    gram = x.new_empty(len(x), x.shape[1], x.shape[1])
-    polynomial = torch.empty_like(gram)
-    for _ in range(steps):
-        torch.bmm(x, x.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-        torch.baddbmm(x, polynomial, x, beta=a, out=spare)
-        x, spare = spare, x
-    return x
+    def _copies(self, parameter: Tensor) -> Copies:
+        return Copies.of(parameter.dtype, self._dtype_of_state(parameter), self._rounding)
 
 
 def reset_state(optimizer: Optimizer) -> None:
-    """Zero all state tensors in place: moments, momenta and step counts, as in a new optimiser."""
+    """Zero momenta, moments and step counts in place, as in a new optimiser.
+
+    The remainders of ``rounding="master"`` stay: they are the lower half of the parameters.
+    """
     for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
+        for name, value in state.items():
+            if isinstance(value, Tensor) and name != "remainder":
                 value.zero_()
 
 
-def _chunks(batch: list[tuple[Tensor, Tensor]]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
-    """Cut a batch between parameters, at most MAX_BATCH_NUMEL numbers a piece (one parameter at least)."""
-    stacks: list[Tensor] = []
-    updates: list[Tensor] = []
-    numel = 0
-    for stack, update in batch:
-        if stacks and numel + stack.numel() > MAX_BATCH_NUMEL:
-            yield stacks, updates
-            stacks, updates, numel = [], [], 0
-        stacks.append(stack)
-        updates.append(update)
-        numel += stack.numel()
-    yield stacks, updates
+def _alike(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Parameters by device and dtype."""
+    groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        groups[parameter.device, parameter.dtype].append(parameter)
+    return groups.values()
 
 
-def _add_orthogonalised(
-    stacks: list[Tensor], updates: list[Tensor], alpha: float, ns_steps: int, dtype: torch.dtype
-) -> None:
-    """``stack += alpha * orthogonalise(update)`` for stacks (b, R, C) of equal R and C, as one batch."""
-    moves = orthogonalise(torch.cat(updates).to(dtype), ns_steps).to(stacks[0].dtype)
-    torch._foreach_add_(stacks, list(moves.split([len(stack) for stack in stacks])), alpha=alpha)
+def _batch_numel(parameter: Tensor) -> int:
+    return min(MAX_BATCH_NUMEL, CPU_BATCH_NUMEL) if parameter.device.type == "cpu" else MAX_BATCH_NUMEL
 
 
-def _float_dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"optimizer.ns_dtype={name}: name a floating-point dtype such as bfloat16 or float32")
-    return dtype
+def _with_gradient(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter for parameter in parameters if parameter.grad is not None]
 
 
-def _check_at_least_zero(**settings: float) -> None:
-    for key, value in settings.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"optimizer.{key}={value}: give a number of at least 0")
-
-
-def _check_below_one(**settings: float) -> None:
-    for key, value in settings.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"optimizer.{key}={value}: give a number from 0 to below 1")
+def _seed(step: int) -> int:
+    """Seeds far apart for steps in a row (an odd factor: none comes twice); the CPU's generator takes 32 bits."""
+    return step * 2654435761 % 2**32

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from kimivl.checkpoint import build_model
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
-from kimivl.optim.schedule import PhaseSchedule
+from kimivl.model.checkpointing import checkpoint_activations
+from kimivl.model.lora import add_lora, check_lora, fingerprint, frozen_names
+from kimivl.model.router import Balancing, Router
+from kimivl.optim import MuonAdamW, MuonAdamWInBackward, PhaseSchedule
+from kimivl.optim.clipping import clip_gradients
 from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Problem, Response
 from kimivl.stages.evaluation import Evaluation, Tally, Transcript
+
+log = logging.getLogger(__name__)
 
 
 class StageModule(LightningModule):
@@ -63,8 +71,10 @@ class StageModule(LightningModule):
         self.init_from = init_from
         self.freeze_parts = freeze
         self.kernels = kernels or Kernels()
-        self.router = router or {}
+        self.balancing = Balancing(**(router or {}))
         self.activation_checkpointing = activation_checkpointing
+        if lora is not None:
+            check_lora(lora)
         self.lora = lora
         self.tally = Tally()
         self._train_started = self._seconds_before = 0.0
@@ -72,6 +82,11 @@ class StageModule(LightningModule):
     @property
     def datamodule(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def setup(self, stage: str) -> None:
+        # Lightning's bf16-true casts all floating-point numbers of a batch, and stops at a frozen dataclass. The model
+        # casts what it takes; the rest (advantages, reference log-probabilities) must keep its bits.
+        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign]
 
     def configure_model(self) -> None:
         """Build the model once the data (and with it the tokenizer) is there; Lightning calls this for every entry."""
@@ -83,7 +98,11 @@ class StageModule(LightningModule):
             if not hasattr(self.model, part):
                 raise ValueError(f"module.freeze names {part!r}, which the model does not have")
             getattr(self.model, part).requires_grad_(False)
+        if self.lora is not None:
+            add_lora(self.model, **self.lora)
         self.model.set_kernels(self.kernels)
+        checkpoint_activations(self.model, self.activation_checkpointing)
+        self.router = Router(self.model, self.balancing.bias_update_rate, self.balancing.aux_loss_weight)
         tokenizer = processor.tokenizer
         self.engine = self.make_rollout(
             model=self.model,
@@ -96,8 +115,33 @@ class StageModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
         optimizer = self.make_optimizer(trainable)
+        if any(weight.dtype == torch.bfloat16 for _, weight in trainable) and not isinstance(optimizer, MuonAdamW):
+            log.warning(
+                "%s rounds bf16 parameters to nearest: updates below 1/256 of a weight are lost; use optimizer=muon, "
+                "or trainer.precision=bf16-mixed",
+                type(optimizer).__name__,
+            )
         scheduler = PhaseSchedule(self.datamodule.schedule_phases()).scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, taken in float32 whatever the gradients are, and log it before clipping."""
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif not isinstance(optimizer, MuonAdamWInBackward):  # which has used the gradients, and freed them
+            norm = clip_gradients(self.parameters(), gradient_clip_val)
+            self.log("train/grad_norm", norm, batch_size=1)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.router.update_bias()
+        if (norm := getattr(optimizer, "grad_norm", None)) is not None:  # of MuonAdamWInBackward
+            self.log("train/grad_norm", norm, batch_size=1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Problems stay where they are: the rollout engine moves what it reads.
@@ -109,6 +153,16 @@ class StageModule(LightningModule):
         Lightning divides by the accumulated batches and DDP by the ranks; both are multiplied back here.
         """
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / count)
+
+    def auxiliary_loss(self) -> Tensor:
+        """The experts' auxiliary loss of the pack recorded last; a mean already, it is added to the loss as it is.
+
+        Lightning's mean over the accumulated batches and DDP's over the ranks make it the mean over the step.
+        """
+        loss = self.router.aux_loss
+        if self.balancing.aux_loss_weight:
+            self.log("train/aux_loss", loss.detach(), batch_size=1)
+        return loss
 
     def sequence_log_probs(self, pack: PackedBatch, temperature: float = 1.0) -> Tensor:
         """(S,) log-probability of each segment's supervised tokens at ``temperature``, summed."""
@@ -137,9 +191,41 @@ class StageModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["train_seconds"] = self.train_seconds
+        checkpoint["lora"] = self.lora and self.lora | {"base": self._leave_out_base(checkpoint["state_dict"])}
+
+    def _leave_out_base(self, state: dict[str, Tensor]) -> str | None:
+        """Take out of ``state`` what ``init_from`` holds, and return what tells that base from another.
+
+        A fresh base stays in, and so does one whose state is cut up over ranks: such a state is loaded as it is.
+        """
+        if self.init_from is None or not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            return None
+        for name in frozen_names(self.model):
+            del state[f"model.{name}"]
+        return fingerprint(self.model)
+
+    def _bring_back_base(self, checkpoint: dict[str, Any]) -> None:
+        """Undo `_leave_out_base`; ValueError for a checkpoint of other adapters or of another base."""
+        saved = dict(checkpoint.get("lora") or {})
+        base = saved.pop("base", None)
+        if (saved or None) != self.lora:
+            raise ValueError(
+                f"the checkpoint was made with lora={saved or None}, this run has lora={self.lora}: go on with its "
+                "settings, or start from the model folder of its run with init_from"
+            )
+        if base is None:
+            return
+        if base != fingerprint(self.model):
+            raise ValueError(
+                f"the checkpoint holds adapters of another base than init_from={self.init_from}: give the folder (and "
+                "trainer.precision) that its run began with"
+            )
+        own = self.model.state_dict()
+        checkpoint["state_dict"] |= {f"model.{name}": own[name] for name in frozen_names(self.model)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seconds_before = checkpoint["train_seconds"]
+        self._bring_back_base(checkpoint)
 
     # Evaluation: the same code in all stages, in `validate` during training and in `test` at its end.
 
@@ -173,3 +259,7 @@ class StageModule(LightningModule):
     def transcripts(self) -> list[Transcript]:
         """Examples of the last evaluation."""
         return self.tally.transcripts
+
+
+def _as_it_is(data: Any) -> Any:
+    return data

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from attention_reference import flash_ops_on_cpu, flash_package
 from torch import Tensor
 
-from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration
+from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, segment_attention
 
 ROOT = Path(__file__).parents[2]
 MEDIA = 401
@@ -64,3 +66,23 @@ def make_sample() -> Callable[..., tuple[Tensor, Tensor, list[tuple[int, int]]]]
         return ids, pixels, list(grids)
 
     return make
+
+
+@pytest.fixture
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Parametrised indirectly by varlen, flash_2 or flash_3: that kernel on a CPU, computed by a plain reference.
+
+    Gives its name for `kernels.attention`. Only what a GPU computes is replaced, and what asks for a GPU.
+    """
+    name, _, version = request.param.partition("_")
+    monkeypatch.setattr(segment_attention, "resolve", lambda name, device, dtype: name)
+    monkeypatch.setattr(segment_attention, "_capability", lambda device: (9, 0))
+    if name == "varlen":
+        with flash_ops_on_cpu() as calls:
+            yield name
+    else:
+        package = flash_package(int(version))
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+        yield name
+        calls = package.calls
+    assert calls, "the kernel was never called"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kimivl.model import KimiVLForConditionalGeneration
-from kimivl.model.modeling import positions_of_mask, positions_of_pack
+from kimivl.model.modeling import positions_of_mask
 
 
 @pytest.fixture
@@ -215,7 +215,6 @@ def test_wrong_cu_seqlens_are_refused(tiny, cu_seqlens):
 
 
 def test_positions():
-    assert positions_of_pack(torch.tensor([0, 3, 5], dtype=torch.int32)).tolist() == [[0, 1, 2, 0, 1]]
     assert positions_of_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import AutoProcessor
@@ -32,6 +34,7 @@ def processor() -> KimiVLProcessor:
         (112, 28, 4096, (2, 8), 4),
         (1, 1, 4096, (2, 2), 1),
         (29, 28, 4096, (2, 4), 2),
+        (896, 896, 16384, (64, 64), 1024),
     ],
 )
 def test_published_check_values(width, height, limit, grid, tokens):
@@ -40,11 +43,47 @@ def test_published_check_values(width, height, limit, grid, tokens):
     assert images.tokens(grid) == tokens
 
 
-def test_grid_is_that_of_the_patches():
-    images = KimiVLImageProcessor(in_token_limit=64)
-    for size in ((300, 200), (14, 500), (29, 57), (113, 112)):
-        patches, grid = images.patches(picture(*size))
-        assert grid == images.grid(*size)
+def plain_grid(width: int, height: int, limit: int) -> tuple[int, int]:
+    """The arithmetic of the facts, in whole numbers where they can be: (h, w) in patches."""
+    patches = (width // 14) * (height // 14)
+    if patches > limit:
+        scale = (limit / patches) ** 0.5
+        width, height = int(width * scale), int(height * scale)
+    return 2 * -(-height // 28), 2 * -(-width // 28)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([16, 256, 4096, 16384]))
+def test_the_grid_is_that_of_the_plain_arithmetic(width, height, limit):
+    images = KimiVLImageProcessor(in_token_limit=limit)
+    h, w = plain_grid(width, height, limit)
+    if not (0 < h < 512 and 0 < w < 512):
+        with pytest.raises(ValueError, match="crop it or drop the sample"):
+            images.grid(width, height)
+        return
+    assert images.grid(width, height) == (h, w)
+    assert h % 2 == w % 2 == 0 and images.tokens((h, w)) * 4 == h * w
+    if (width // 14) * (height // 14) <= limit:  # never scaled up, nor down without need
+        assert (h * 14 - height) in range(28) and (w * 14 - width) in range(28)
+    else:  # soft by the padding, and by the part of a patch that the count of patches leaves out
+        whole = (width // 14) * 14 * (height // 14) * 14
+        assert (h - 2) * (w - 2) <= limit * width * height / whole
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([16, 64, 256]))
+def test_the_patches_have_the_promised_grid_whoever_resizes(width, height, limit):
+    pixels = np.full((height, width, 3), 200, np.uint8)
+    for resize in ("torch", "pil"):
+        images = KimiVLImageProcessor(in_token_limit=limit, resize=resize)
+        try:
+            promised = images.grid(width, height)
+        except ValueError:
+            with pytest.raises(ValueError):
+                images.patches(pixels)
+            continue
+        patches, grid = images.patches(pixels)
+        assert grid == promised == plain_grid(width, height, limit)
         assert patches.shape == (grid[0] * grid[1], 3, 14, 14) and patches.dtype == torch.uint8
 
 
@@ -88,15 +127,29 @@ def test_resize_by_torch_is_close_to_that_by_pil(size):
         assert (ours.int() - reference.int()).abs().max() <= 2
 
 
-def test_resize_pil_has_the_pixels_of_pil():
-    image = picture(600, 451)
+def plain_pixels(image: Image.Image, limit: int) -> np.ndarray:
+    """The official pipeline, step by step in Pillow and numpy: (P, 3, 14, 14) float32 normalised patches."""
+    width, height = image.size
+    patches = (width // 14) * (height // 14)
+    if patches > limit:
+        scale = (limit / patches) ** 0.5
+        image = image.resize((int(width * scale), int(height * scale)), resample=Image.Resampling.BICUBIC)
+    scaled = np.asarray(image.convert("RGB"))
+    h, w = (2 * -(-side // 28) for side in scaled.shape[:2])
+    canvas = np.zeros((14 * h, 14 * w, 3), np.float32)
+    canvas[: scaled.shape[0], : scaled.shape[1]] = scaled.astype(np.float32) / np.float32(255)
+    canvas = (canvas - np.float32(0.5)) / np.float32(0.5)
+    return canvas.reshape(h, 14, w, 14, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 14, 14)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+@pytest.mark.parametrize("size", [(600, 451), (97, 1203), (29, 57), (448, 448)])
+def test_resize_pil_is_the_plain_pipeline_bit_for_bit(size, mode):
+    image = picture(*size, mode=mode)
     images = KimiVLImageProcessor(in_token_limit=256, resize="pil")
-    patches, (h, w) = images.patches(image)
-    width, height = int(600 * (256 / (42 * 32)) ** 0.5), int(451 * (256 / (42 * 32)) ** 0.5)
-    canvas = np.zeros((14 * h, 14 * w, 3), dtype=np.uint8)
-    canvas[:height, :width] = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
-    rows = canvas.reshape(h, 14, w, 14, 3).transpose(0, 2, 4, 1, 3)
-    assert np.array_equal(patches.numpy(), rows.reshape(-1, 3, 14, 14))
+    patches, _ = images.patches(image)
+    assert np.array_equal(normalise(patches).numpy(), plain_pixels(image, 256))
+    assert np.array_equal(images(image, return_tensors="pt")["pixel_values"].numpy(), plain_pixels(image, 256))
 
 
 @pytest.mark.parametrize("resize", ["torch", "pil"])
@@ -142,8 +195,12 @@ def test_resize_is_part_of_the_settings_and_of_the_saved_config(tmp_path):
 def test_512_patches_on_a_side_is_an_error():
     images = KimiVLImageProcessor()
     assert images.grid(510 * 14, 14) == (2, 510)
-    with pytest.raises(ValueError, match="under 512"):
+    with pytest.raises(ValueError, match="7154x14 pixels has 512x2 patches; each side must be under 512 .* crop it"):
         images.grid(511 * 14, 14)
+    with pytest.raises(ValueError, match="under 512"):
+        images.patches(np.zeros((511 * 14, 14, 3), np.uint8))
+    with pytest.raises(ValueError, match="40000x1 pixels"):  # at most as long as that: it is no more than one patch
+        images.patches(np.zeros((1, 40_000, 3), np.uint8))
 
 
 def test_other_normalisation_is_refused():

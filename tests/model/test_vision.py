@@ -56,9 +56,34 @@ def test_images_do_not_see_one_another(tiny):
     [
         ([(2, 3)], 6, "image 0: grid 2x3 must be even"),
         ([(2, 2), (2, 512)], 1028, "image 1: grid 2x512 .* under 512"),
+        ([(512, 2)], 1024, "image 0: grid 512x2 must be even and under 512 patches a side; prepare images with"),
+        ([(2, 0)], 0, "image 0: grid 2x0"),
+        ([(2, -2)], 4, "image 0: grid 2x-2"),
+        ([], 4, "no images"),
         ([(2, 4)], 12, "counts 8 patches, pixel_values has 12"),
     ],
 )
 def test_wrong_grids_are_named(tiny, grids, patches, message):
-    with pytest.raises(ValueError, match=message):
-        tiny.vision_tower(pixels(patches), torch.tensor(grids))
+    with pytest.raises(ValueError, match=message) as error:
+        tiny.vision_tower(pixels(patches), torch.tensor(grids, dtype=torch.int64).view(-1, 2))
+    assert "\n" not in str(error.value)
+
+
+def test_longest_side():
+    """511 is odd, so 510 patches are the longest side; the rope has no table that ends there."""
+    cos, _ = rope_2d([(2, 510)], 24, torch.device("cpu"))
+    assert cos.shape == (1020, 1, 1, 12) and cos.isfinite().all()
+
+
+@pytest.mark.parametrize("stand_in", ["varlen", "flash_2", "flash_3"], indirect=True)
+def test_gpu_kernels_give_the_same_tokens(tiny, stand_in):
+    """And the same gradients of the pixels, whose patches of one image do not reach another."""
+    grids = torch.tensor([(2, 8), (4, 4), (2, 8), (6, 2)])
+    results = []
+    for kernel in ("sdpa", stand_in):
+        x = pixels(60).requires_grad_()
+        out = tiny.vision_tower(x, grids, kernel)
+        results.append((out, torch.autograd.grad(out[:4].square().sum(), x)[0]))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert results[0][1][:16].any() and not results[1][1][16:].any()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kimivl.optim import MuonAdamW, muon, reset_state
-from kimivl.optim.muon import SPLITS, Matrices, matrices_of, orthogonalise
+from kimivl.optim.matrices import SPLITS, Matrices, matrices_of
+from kimivl.optim.newton_schulz import orthogonalise
 
 SHAPES = {
     "vision_tower.patch_embed.proj.weight": (12, 3, 2, 2),

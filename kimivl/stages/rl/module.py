@@ -51,10 +51,11 @@ class RLModule(LongCoTModule):
             self.log(name, value, logger=False, prog_bar=name in SHOWN, batch_size=1)
 
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
-        logp = self.sequence_log_probs(batch.pack, self.datamodule.sampling.temperature)
+        with self.router.record(batch.pack.cu_seqlens):
+            logp = self.sequence_log_probs(batch.pack, self.datamodule.sampling.temperature)
         total = self.objective(logp, batch.ref_logp, batch.advantage)
         drift = (logp.detach() - batch.ref_logp).square()
         self.log("train/loss", total.detach() / batch.pack.num_samples, prog_bar=True, batch_size=1)
         self.log("policy/log_ratio_squared", drift.mean(), batch_size=1)
         self.log("policy/nll_per_token", -logp.detach().sum() / batch.pack.target_segments.numel(), batch_size=1)
-        return self.normalised(total, batch.step_responses)
+        return self.normalised(total, batch.step_responses) + self.auxiliary_loss()

@@ -12,9 +12,10 @@ class SFTModule(StageModule):
     """Cross-entropy of the supervised tokens, averaged exactly over the optimiser step."""
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        logp = self.model.target_log_probs(**batch.model_inputs())
+        with self.router.record(batch.cu_seqlens):
+            logp = self.model.target_log_probs(**batch.model_inputs())
         if batch.holes:
             self.log_dropped()
         if len(logp):  # a pack may be all holes
             self.log("train/loss", -logp.detach().mean(), prog_bar=True, batch_size=1)
-        return self.normalised(-logp.sum(), batch.step_targets)
+        return self.normalised(-logp.sum(), batch.step_targets) + self.auxiliary_loss()

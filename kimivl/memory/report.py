@@ -1,0 +1,124 @@
+"""``kimivl memory``: the estimate as a table of 80 columns, and the verdict."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kimivl.memory.devices import GB, GIB, Device
+from kimivl.memory.estimate import Estimate, estimate
+from kimivl.memory.remedies import remedies
+from kimivl.memory.setup import Setup
+
+_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients at that moment",
+    "gradient buckets": "gradient buckets of DDP",
+    "weights in half": "weights in half precision",
+}
+
+
+def run_memory(cfg: Mapping[str, Any], gpu: str | None, patches: int | None, prompt_tokens: int) -> int:
+    """Print where the memory goes; 0 where it fits or no device is known, 2 where it does not.
+
+    Raises:
+        ValueError: for a device or a config that cannot be read.
+    """
+    device = Device.of(gpu) if gpu else Device.found()
+    found = estimate(Setup.of(cfg, patches, prompt_tokens))
+    console = Console()
+    print_estimate(found, device, console)
+    if device is None:
+        console.print("no device to compare with: give --gpu 80GB, or a name such as H200", highlight=False)
+        return 0
+    if found.peak <= device.capacity:
+        return 0
+    print(f"error: {verdict(found, device)}", file=sys.stderr)
+    return 2
+
+
+def verdict(found: Estimate, device: Device) -> str:
+    """Why it does not fit, and what does, in one sentence."""
+    need, have = found.peak / GB, device.capacity / GB
+    changes = remedies(found, device.capacity)
+    if changes is None:
+        return f"needs {need:,.1f} GB of {have:,.1f}, and no single setting makes it fit: take a larger device or model"
+    return f"needs {need:,.1f} GB of {have:,.1f}; what fits: {' '.join(change.override for change in changes)}"
+
+
+def print_estimate(found: Estimate, device: Device | None, console: Console) -> None:
+    """The peak row by row, then the other moments, then what it was reckoned from."""
+    console.print(_summary(found), highlight=False)
+    console.print(_peak_table(found, device))
+    console.print(_moments_table(found))
+    console.print(_notes(found, device), highlight=False, style="dim")
+
+
+def _summary(found: Estimate) -> str:
+    setup, parameters = found.setup, found.parameters
+    bits = {(4, 4): "float32", (2, 2): "bf16", (4, 2): "float32, products in bf16"}
+    trained = parameters.trained / parameters.numel
+    share = "all train" if trained == 1 else f"{trained:.2%} train"
+    name = setup.optimizer["_target_"].rpartition(".")[2]
+    return (
+        f"[bold]{parameters.numel / 1e9:.2f} B parameters[/] in "
+        f"{bits[setup.numbers.parameter, setup.numbers.compute]}, {share}; {name}; "
+        f"checkpointing {setup.checkpointing}"
+    )
+
+
+def _peak_table(found: Estimate, device: Device | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=False)
+    table.add_column("GB (10⁹ bytes) at the peak", no_wrap=True)
+    for pack in found.packs:
+        table.add_column(pack.pack.label, justify="right", no_wrap=True)
+    peaks = [pack.peak for pack in found.packs]
+    for row in dict.fromkeys(row for peak in peaks for row in peak.rows):
+        # the rows of all columns in the order of the first that has them; the purposes of workspaces differ
+        table.add_row(_ROWS.get(row, row), *(_figure(peak.rows.get(row)) for peak in peaks))
+    table.add_section()
+    table.add_row("[bold]peak[/]", *(f"[bold]{peak.total / GB:,.1f}[/]" for peak in peaks))
+    table.add_row("  in", *(peak.name for peak in peaks), style="dim")
+    if device is not None:
+        room = [(device.capacity - peak.total) / GB for peak in peaks]
+        table.add_row(f"{device.name}", *(f"{device.capacity / GB:,.1f}" for _ in peaks))
+        marks = [
+            f"[green]fits, {left:,.1f} free[/]" if left >= 0 else f"[red]{-left:,.1f} too much[/]" for left in room
+        ]
+        table.add_row("", *marks)
+    return table
+
+
+def _moments_table(found: Estimate) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("GB in all, moment by moment", no_wrap=True)
+    for pack in found.packs:
+        table.add_column(pack.pack.label, justify="right", no_wrap=True)
+    table.add_column("workspace of", no_wrap=True, style="dim")
+    for number, moment in enumerate(found.packs[0].moments):
+        totals = [pack.moments[number].total for pack in found.packs]
+        table.add_row(moment.name, *(f"{total / GB:,.1f}" for total in totals), moment.workspace)
+    return table
+
+
+def _notes(found: Estimate, device: Device | None) -> str:
+    packs = "; ".join(f"{pack.pack.tokens:,} tokens, {pack.pack.patches:,} image patches" for pack in found.packs)
+    notes = [f"largest packs: {packs}"]
+    if found.setup.rollouts is not None:
+        notes.append(f"rollouts: {found.setup.rollouts.rows} rows of {found.setup.rollouts.tokens:,} tokens")
+    if not found.setup.on_cpu:
+        notes.append("CUDA context and allocator's scraps are allowances, not measured")
+    if device is not None:
+        notes.append(f"{device.name}: {device.capacity / GIB:.1f} GiB that torch sees = {device.capacity / GB:.1f} GB")
+    return "\n".join(notes)
+
+
+def _figure(size: float | None) -> str:
+    if size is None:
+        return "–"
+    return f"{size / GB:,.2f}" if size < GB / 10 else f"{size / GB:,.1f}"

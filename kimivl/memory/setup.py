@@ -1,0 +1,194 @@
+"""What of a run's config decides about memory.
+
+Legend: B bytes of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kimivl.model import Kernels, KimiVLConfig
+
+MODES = ("none", "full", "selective")
+_PRECISIONS = {
+    "32-true": (4, 4),
+    "32": (4, 4),
+    "bf16-mixed": (4, 2),
+    "bf16-true": (2, 2),
+    "16-mixed": (4, 2),
+    "16-true": (2, 2),
+}
+PATCHES_PER_TOKEN = 4
+"""Image patches that a pack may hold per token where a phase sets no ``max_patches`` (the SFT datamodule's rule)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Bytes of a parameter, of the result of a matrix product, and of a number of the residual stream."""
+
+    parameter: int
+    compute: int
+
+    @property
+    def stream(self) -> int:
+        """Autocast leaves the stream in float32: float32 embeddings and norms, to which half-precision is added."""
+        return self.parameter
+
+    @property
+    def mixed(self) -> bool:
+        return self.parameter != self.compute
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """The largest pack of a phase; all of its tokens taken as supervised, its image tokens among them."""
+
+    label: str
+    tokens: int
+    patches: int
+    phase: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Responses in flight: rows of the KV cache, and tokens of each."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """See the fields of the same names in ``conf/train.yaml``.
+
+    ``max_accumulate``: the packs that an update can be dealt to; ``patches_given``: not those that the config allows.
+    """
+
+    model: KimiVLConfig
+    numbers: Numbers
+    packs: tuple[Pack, ...]
+    optimizer: dict[str, Any]
+    checkpointing: str = "none"
+    kernels: Kernels = Kernels()
+    freeze: tuple[str, ...] = ()
+    lora: dict[str, Any] | None = None
+    on_cpu: bool = False
+    accumulate: int = 1
+    devices: int = 1
+    rollouts: Rollouts | None = None
+    max_accumulate: int = 1
+    patches_given: bool = False
+
+    @classmethod
+    def of(cls, cfg: Mapping[str, Any], patches: int | None = None, prompt_tokens: int = 1024) -> Setup:
+        """From a resolved config in plain containers.
+
+        Args:
+            patches: image patches of a pack, instead of the most that the config allows.
+            prompt_tokens: of a problem of RL, which no config knows; its image tokens among them.
+
+        Raises:
+            ValueError: for a config that does not say what is needed, naming the key.
+        """
+        trainer, data = cfg["trainer"], cfg["data"]
+        _refuse_sharding(trainer)
+        if cfg["activation_checkpointing"] not in MODES:
+            raise ValueError(
+                f"activation_checkpointing={cfg['activation_checkpointing']}: choose one of {', '.join(MODES)}"
+            )
+        precision = str(trainer["precision"])
+        if precision not in _PRECISIONS:
+            raise ValueError(f"trainer.precision={precision}: the estimate knows {', '.join(_PRECISIONS)}")
+        accumulate = int(trainer["accumulate_grad_batches"])
+        rollouts = _rollouts(cfg, prompt_tokens) if "problems" in data else None
+        return cls(
+            model=_model(cfg),
+            numbers=Numbers(*_PRECISIONS[precision]),
+            packs=_packs(data, accumulate, rollouts, patches, prompt_tokens),
+            optimizer=dict(cfg["optimizer"]),
+            checkpointing=cfg["activation_checkpointing"],
+            kernels=Kernels(**{name: kernel for name, kernel in cfg["kernels"].items() if name[0] != "_"}),
+            freeze=tuple(cfg["module"]["freeze"] or ()),
+            lora=cfg["lora"],
+            on_cpu=trainer["accelerator"] == "cpu",
+            accumulate=accumulate,
+            devices=_devices(trainer),
+            rollouts=rollouts,
+            max_accumulate=data["problems"] * data["responses"] // data["updates"] if rollouts else accumulate,
+            patches_given=patches is not None,
+        )
+
+
+def _model(cfg: Mapping[str, Any]) -> KimiVLConfig:
+    fields = {name: value for name, value in cfg["model"].items() if name[0] != "_"}
+    if fields.get("vocab_size") is None:
+        # A recipe of a new model takes its vocabulary from the tokenizer, which the task makes of this size.
+        size = (cfg["data"].get("prepare") or {}).get("vocab_size")
+        if size is None:
+            raise ValueError("model.vocab_size is null and no tokenizer is read here: give model.vocab_size=N")
+        fields |= {"vocab_size": size, "media_placeholder_token_id": size - 1}
+    return KimiVLConfig(**fields)
+
+
+def holds_whole_model(trainer: Mapping[str, Any]) -> bool:
+    """Whether each device has the whole model: no strategy that shards it."""
+    strategy = trainer.get("strategy", "auto")
+    return isinstance(strategy, str) and (strategy in ("auto", "ddp") or strategy.startswith("ddp_"))
+
+
+def _refuse_sharding(trainer: Mapping[str, Any]) -> None:
+    if not holds_whole_model(trainer):
+        raise ValueError(
+            f"trainer.strategy={trainer['strategy']}: the estimate is of one device that holds the whole model; "
+            "use trainer.strategy=auto"
+        )
+
+
+def _devices(trainer: Mapping[str, Any]) -> int:
+    devices = trainer["devices"]
+    count = len(devices) if isinstance(devices, list) else devices
+    nodes = int(trainer["num_nodes"])
+    return max(1, int(count) * nodes) if isinstance(count, int) and count > 0 else 2  # "auto", -1: taken as several
+
+
+def _packs(
+    data: Mapping[str, Any], accumulate: int, rollouts: Rollouts | None, patches: int | None, prompt_tokens: int
+) -> tuple[Pack, ...]:
+    phases = data.get("phases")
+    if not phases:
+        raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
+    if rollouts is not None:
+        return (_experience_pack(data, accumulate, rollouts, patches, prompt_tokens),)
+    packs = {}
+    for number, phase in enumerate(phases):
+        length = phase.get("max_length")
+        if not length:
+            raise ValueError(f"data.phases.{number}.max_length is missing: the length of a pack decides its memory")
+        most = phase.get("max_patches") or PATCHES_PER_TOKEN * length
+        most = most if patches is None else patches
+        packs[length, most] = Pack(f"{_thousands(length)} pack", length, most, number)
+    return tuple(packs.values())
+
+
+def _experience_pack(
+    data: Mapping[str, Any], accumulate: int, rollouts: Rollouts, patches: int | None, prompt_tokens: int
+) -> Pack:
+    """An iteration's responses, all at the cap, dealt over its updates and their packs; a problem's image goes once."""
+    packs = data["updates"] * accumulate
+    responses = -(-data["problems"] * data["responses"] // packs)
+    tokens = responses * rollouts.tokens
+    images = -(-responses // data["responses"])
+    most = images * prompt_tokens * PATCHES_PER_TOKEN
+    return Pack(f"{responses} responses", tokens, most if patches is None else patches)
+
+
+def _rollouts(cfg: Mapping[str, Any], prompt_tokens: int) -> Rollouts:
+    rows = cfg["rollout"].get("max_rows") or 256
+    data = cfg["data"]
+    return Rollouts(min(rows, data["problems"] * data["responses"]), prompt_tokens + data["max_new_tokens"])
+
+
+def _thousands(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"

@@ -1,0 +1,69 @@
+"""Which parameters are matrices to Muon, and how a parameter is read as a stack of them.
+
+Shapes: E experts, H hidden, I expert width, R rows <= C columns of a matrix laid wide.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Tables and heads: two dimensions or more, but rows that are looked up and not a map between spaces.
+TABLES = ("embed_tokens", "lm_head", "pos_emb")
+# The thin factors of an adapter: orthogonalising one would make its product, not itself, lose its scale.
+LORA_FACTORS = ("lora_A", "lora_B")
+# Parameters that hold several matrices stacked along their rows, by the module or parameter that names them.
+SPLITS = {"wqkv": 3, "gate_up_proj": 2}
+
+
+class Matrices(NamedTuple):
+    """A parameter read as ``number`` matrices: ``tensor.reshape(number, rows, cols)``."""
+
+    number: int
+    rows: int
+    cols: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """(number, rows, cols) of a tensor shaped like the parameter; a view of a contiguous one."""
+        return tensor.reshape(self)
+
+    def laid_wide(self, stack: Tensor) -> Tensor:
+        """(B, R, C), R <= C, of a stack (B, rows, cols): the same numbers, transposed if the matrices are tall."""
+        return stack.mT if self.rows > self.cols else stack
+
+    @property
+    def wide(self) -> tuple[int, int]:
+        """(R, C): what parameters of one batch have in common."""
+        return min(self.rows, self.cols), max(self.rows, self.cols)
+
+
+def matrices_of(name: str, parameter: Tensor, splits: Mapping[str, int]) -> Matrices | None:
+    """How Muon reads a parameter, or None where it belongs to AdamW.
+
+    Example, with the default splits::
+
+        vision_tower.encoder.blocks.0.wqkv.weight (3456, 1152)      -> Matrices(3, 1152, 1152)
+        vision_tower.patch_embed.proj.weight (1152, 3, 14, 14)      -> Matrices(1, 1152, 588)
+        ...mlp.experts.gate_up_proj (64, 2816, 2048)                -> Matrices(128, 1408, 2048)
+        ...mlp.experts.down_proj (64, 2048, 1408)                   -> Matrices(64, 2048, 1408)
+        ...embed_tokens.weight, lm_head.weight, pos_emb.weight, lora_A, lora_B, any norm or bias -> None
+
+    Raises:
+        ValueError: for a parameter that is not contiguous, whose rows do not divide by its split, or that has
+            three dimensions without being a stack of experts.
+    """
+    if not parameter.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: call .contiguous() on it before making the optimizer")
+    parts = name.split(".")
+    if parameter.ndim < 2 or any(part in (*TABLES, *LORA_FACTORS) for part in parts):
+        return None
+    split = next((count for part, count in splits.items() if part in parts), 1)
+    if parameter.ndim == 3:
+        if "experts" not in parts:
+            raise ValueError(f"{name} {tuple(parameter.shape)}: only stacked experts may have three dimensions")
+        stacked, rows, cols = parameter.shape
+    else:
+        stacked, rows, cols = 1, parameter.shape[0], parameter[0].numel()
+    if rows % split:
+        raise ValueError(f"{name} {tuple(parameter.shape)}: {rows} rows do not divide into {split} matrices")
+    return Matrices(stacked * split, rows // split, cols)

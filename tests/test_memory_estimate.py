@@ -1,0 +1,334 @@
+"""The memory estimate: its formulas against what autograd keeps and what a step really takes, and its verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from kimivl.cli import main
+from kimivl.config import compose_run
+from kimivl.memory import Device, Estimate, Setup, estimate
+from kimivl.memory.activations import GROUPED_TOKENS, decoder_layer, vision_block
+from kimivl.memory.check import check_memory
+from kimivl.memory.live import LiveBytes
+from kimivl.memory.parameters import measure
+from kimivl.memory.remedies import remedies
+from kimivl.memory.setup import Numbers, Pack
+from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, experts
+from kimivl.model import segment_attention as kernels
+from kimivl.model.attention import Segments
+from kimivl.model.checkpointing import checkpoint_activations
+from kimivl.model.vision import rope_2d
+from kimivl.optim import MuonAdamW
+
+MUON = {"_target_": "kimivl.optim.MuonAdamW", "lr": 1e-3}
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass, each storage once, without parameters and what is given."""
+
+    def __init__(self, model: nn.Module, *given: Tensor) -> None:
+        self.bytes = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers(), *given]}
+        self._held: list[Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._held.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+
+def recipe(name: str, **changes: Any) -> KimiVLConfig:
+    fields = yaml.safe_load((Path(__file__).parents[1] / f"conf/model/{name}.yaml").read_text())
+    text = {"text_config": fields["text_config"] | changes.pop("text_config", {})}
+    return KimiVLConfig(**{key: value for key, value in (fields | changes | text).items() if key[0] != "_"})
+
+
+@pytest.fixture(scope="module")
+def small() -> KimiVLConfig:
+    return recipe("tiny", vocab_size=1000, media_placeholder_token_id=999)
+
+
+def setup_of(config: KimiVLConfig, **settings: Any) -> Setup:
+    defaults = {"numbers": Numbers(4, 4), "packs": (Pack("a pack", 1024, 256),), "optimizer": MUON, "on_cpu": True}
+    return Setup(**{"model": config} | defaults | settings)
+
+
+# ---- blocks on the CPU ----------------------------------------------------------------------------------------------
+
+T, GRIDS = 1024, [(16, 16)] * 4
+
+
+def decoder_inputs(model: KimiVLForConditionalGeneration, lengths: list[int], device: str = "cpu") -> dict[str, Any]:
+    x = torch.zeros(1, sum(lengths), model.config.text_config.hidden_size, device=device, dtype=model.dtype)
+    segments = Segments.of_lengths(lengths, device)
+    rotary = model.language_model.model.rotary_emb(x, torch.arange(sum(lengths), device=device)[None])
+    return {"hidden_states": x.requires_grad_(), "segments": segments, "position_embeddings": rotary, "kernel": "sdpa"}
+
+
+def run_layer(model: KimiVLForConditionalGeneration, number: int, inputs: dict[str, Any]) -> Tensor:
+    mask = inputs["segments"].cu_seqlens.view(1, 1, 1, -1)
+    return model.language_model.model.layers[number](attention_mask=mask, use_cache=False, **inputs)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("number", [0, 1], ids=["dense", "experts"])
+def test_a_decoder_layer_keeps_what_the_formula_says(small: KimiVLConfig, mode: str, number: int):
+    torch.manual_seed(0)
+    model = KimiVLForConditionalGeneration(small).train()
+    checkpoint_activations(model, mode)
+    inputs = decoder_inputs(model, [T // 2, T // 2])
+    given = inputs["position_embeddings"]
+    with torch.no_grad():
+        inputs["hidden_states"].normal_()
+    with LiveBytes([*model.parameters(), *model.buffers(), *given]) as live:
+        out = run_layer(model, number, inputs)
+        block = decoder_layer(setup_of(small, checkpointing=mode), number == 0, T // 2)
+        result = 4 * small.text_config.hidden_size
+        held = live.now / T - result + block.inputs  # which was there before
+
+    print(f"{mode} {number}: {held:.0f} bytes a token, formula {block.held(mode):.0f}")
+    assert block.held(mode) == pytest.approx(held, rel=0.1)
+    del out
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_a_vision_block_keeps_what_the_formula_says(small: KimiVLConfig, mode: str):
+    torch.manual_seed(0)
+    model = KimiVLForConditionalGeneration(small).train()
+    checkpoint_activations(model, mode)
+    patches = sum(h * w for h, w in GRIDS)
+    x = torch.randn(patches, small.vision_config.hidden_size, requires_grad=True)
+    rope = rope_2d(GRIDS, model.vision_tower.head_dim, torch.device("cpu"))
+    segments = Segments.of_lengths([h * w for h, w in GRIDS], "cpu")
+    with LiveBytes([*model.parameters(), x, *rope]) as live:
+        out = model.vision_tower.encoder.blocks[0](x, rope, segments, "sdpa")
+        block = vision_block(setup_of(small, checkpointing=mode), 256)
+        held = live.now / patches - 4 * small.vision_config.hidden_size + block.inputs
+
+    print(f"{mode}: {held:.0f} bytes a patch, formula {block.held(mode):.0f}")
+    assert block.held(mode) == pytest.approx(held, rel=0.1)
+    del out
+
+
+# ---- Kimi-VL-A3B on a GPU, as far as the meta device can tell -------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[KimiVLForConditionalGeneration]:
+    """Two layers of Kimi-VL-A3B in bfloat16 on the meta device, with the kernels of a GPU."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    monkeypatch.setattr(torch, "autocast", lambda *device, **settings: nullcontext())  # the meta device has none
+    monkeypatch.setattr(experts, "resolve", lambda *name: "grouped_mm")
+    monkeypatch.setitem(kernels._KERNELS, "sdpa", kernels._varlen)
+    config = recipe("kimi_vl_a3b")
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 2, 1
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            yield KimiVLForConditionalGeneration(config).train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [32768, 131072])
+@pytest.mark.parametrize("number", [0, 1], ids=["dense", "experts"])
+def test_a_layer_of_kimi_vl_a3b(gpu_like, tokens: int, number: int):
+    """Bytes of a token; at these lengths the gradients of the weights are next to nothing of it."""
+    inputs = decoder_inputs(gpu_like, [tokens], "meta")
+    setup = setup_of(gpu_like.config, numbers=Numbers(2, 2), on_cpu=False)
+    block = decoder_layer(setup, number == 0, tokens)
+    with LiveBytes([*gpu_like.parameters(), *gpu_like.buffers(), *inputs["position_embeddings"]]) as live:
+        out = run_layer(gpu_like, number, inputs)
+        held = live.now / tokens - 2 * out.shape[-1]  # its input is not kept: RMSNorm keeps a copy in float32
+        live.peak = live.now
+        out.backward(torch.empty_like(out))
+    height = live.peak / tokens
+
+    print(f"kept {held:.0f}, formula {block.kept:.0f}; height {height:.0f}, formula {block.kept + block.passing:.0f}")
+    assert block.kept == pytest.approx(held, rel=0.1)
+    assert block.kept + block.passing == pytest.approx(height, rel=0.1)
+
+
+def test_long_packs_go_through_the_experts_in_parts():
+    assert experts._GROUPED_TOKENS == GROUPED_TOKENS
+
+
+# ---- a whole step on the CPU ----------------------------------------------------------------------------------------
+
+LENGTHS, IMAGES = [256] * 8, [(16, 16)] * 8
+
+
+def peak_of_a_step(config: KimiVLConfig, mode: str, freeze: tuple[str, ...]) -> int:
+    """Bytes of the second step at its peak, weights and all, zeroing gradients when Lightning does."""
+    torch.manual_seed(0)
+    model = KimiVLForConditionalGeneration(config).train()
+    for part in freeze:
+        getattr(model, part).requires_grad_(False)
+    checkpoint_activations(model, mode)
+    optimizer = MuonAdamW([(n, w) for n, w in model.named_parameters() if w.requires_grad], lr=1e-4)
+    ids = torch.randint(0, 900, (sum(LENGTHS),))
+    for number, (h, w) in enumerate(IMAGES):
+        ids[number * LENGTHS[0] : number * LENGTHS[0] + h * w // 4] = config.media_placeholder_token_id
+    pack = {
+        "input_ids": ids,
+        "targets": ids.roll(-1),
+        "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+        "pixel_values": torch.zeros(sum(h * w for h, w in IMAGES), 3, 14, 14, dtype=torch.uint8),
+        "image_grid_hws": torch.tensor(IMAGES),
+    }
+    weights = sum(w.numel() * 4 for w in model.parameters())
+    with LiveBytes([*model.parameters(), *model.buffers(), *pack.values()]) as live:
+        for _ in range(2):
+            loss = -model.target_log_probs(**pack).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            del loss
+            optimizer.step()
+    return live.peak + weights
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("freeze", [(), ("vision_tower",)], ids=["all", "vision frozen"])
+def test_the_peak_of_a_whole_step(small: KimiVLConfig, mode: str, freeze: tuple[str, ...]):
+    pack = Pack("a pack", sum(LENGTHS), sum(h * w for h, w in IMAGES))
+    found = estimate(setup_of(small, packs=(pack,), checkpointing=mode, freeze=freeze))
+    measured = peak_of_a_step(small, mode, freeze)
+
+    print(f"{mode} {freeze}: {measured / 1e6:.1f} MB, estimate {found.peak / 1e6:.1f} in {found.packs[0].peak.name}")
+    assert found.peak == pytest.approx(measured, rel=0.15)
+
+
+# ---- states and verdicts --------------------------------------------------------------------------------------------
+
+
+def a3b(*overrides: str, patches: int | None = 0) -> Setup:
+    cfg = compose_run("experiment=kimi_vl_a3b", *overrides)
+    return Setup.of(OmegaConf.to_container(cfg, resolve=True), patches)
+
+
+@pytest.fixture(scope="module")
+def full() -> Estimate:
+    return estimate(a3b("activation_checkpointing=full"))
+
+
+def test_weights_and_states_of_kimi_vl_a3b(full: Estimate):
+    parameters = full.parameters
+    assert parameters.numel == 16_407_656_048 - 26 * 64  # the routing biases are buffers
+    assert parameters.weights / 1e9 == pytest.approx(32.8, abs=0.05)
+    assert parameters.gradients / 1e9 == pytest.approx(32.8, abs=0.05)
+    assert parameters.states["momentum"] / 1e9 == pytest.approx(31.5, abs=0.1)
+    assert parameters.states["moments"] / 1e9 == pytest.approx(2.7, abs=0.1)
+
+
+def test_every_moment_is_the_sum_of_its_rows_and_the_peak_the_largest(full: Estimate):
+    for pack in full.packs:
+        assert pack.peak.total == max(sum(moment.rows.values()) for moment in pack.moments)
+    assert full.peak == full.packs[1].peak.total > full.packs[0].peak.total
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_of"),
+    [
+        ({"_target_": "kimivl.optim.MuonAdamW", "lr": 1.0, "rounding": "master"}, {"remainders": 2}),
+        ({"_target_": "torch.optim.AdamW", "lr": 1.0}, {"moments": 4}),
+    ],
+)
+def test_states_are_those_of_the_real_optimiser(
+    small: KimiVLConfig, settings: dict[str, Any], bytes_of: dict[str, int]
+):
+    parameters = measure(setup_of(small, numbers=Numbers(2, 2), optimizer=settings))
+    for kind, size in bytes_of.items():
+        assert parameters.states[kind] == size * parameters.trained
+
+
+def test_the_step_in_the_backward_pass_has_one_gradient_at_a_time(small: KimiVLConfig):
+    settings = {"_target_": "kimivl.optim.MuonAdamWInBackward", "lr": 1e-3}
+    parameters = measure(setup_of(small, optimizer=settings))
+    usual = measure(setup_of(small))
+    assert parameters.in_backward and parameters.states == usual.states
+    assert usual.certain - parameters.certain == usual.gradients - usual.largest_gradient
+
+
+def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(small: KimiVLConfig):
+    setup = setup_of(small, packs=(Pack("a pack", 32768, 131072),), patches_given=True)
+    found = estimate(setup)
+    capacity = 0.4 * found.peak
+    changes = remedies(found, capacity)
+    assert changes is not None
+    applied = setup
+    for change in changes:
+        applied = change.apply(applied)
+    assert estimate(applied).peak <= capacity < estimate(setup).peak
+    assert remedies(found, 1e6) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"), [("80GB", 79.1), ("80gb", 79.1), ("79.1GiB", 79.1), ("H200", 139.8), ("100GB", 97.0)]
+)
+def test_devices(text: str, gib: float):
+    assert Device.of(text).capacity == pytest.approx(gib * 2**30, rel=1e-6)
+
+
+def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["memory", *words])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "80XB"], "--gpu 80XB"),
+        (["--gpu", "0GB"], "--gpu 0GB"),
+        (["nonsense=1"], "nonsense"),
+        (["data.phases=[]"], "data.phases is empty"),
+        (["stage=sft", "data.phases.0.max_length=null"], "data.phases.0.max_length"),
+        (["activation_checkpointing=half"], "activation_checkpointing=half"),
+        (["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
+        (["model=kimi_vl_13b"], "kimi_vl_13b"),
+        (["lora=attention", "lora.targets=[knees]"], "knees"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, words: list[str], message: str):
+    code, _, error = cli(capsys, *words)
+    assert code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_the_command(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = cli(capsys, "stage=sft", "--gpu", "80GB", "activation_checkpointing=full")
+    assert code == 0 and "fits" in out and "79.1 GiB" in out and max(map(len, out.splitlines())) <= 80
+    code, out, error = cli(capsys, "--gpu", "0.2GB")
+    assert code == 2 and "activation_checkpointing=" in error and error.count("\n") == 1
+
+
+def test_a_run_is_refused_or_warned(full: Estimate, caplog: pytest.LogCaptureFixture):
+    cfg = OmegaConf.to_container(compose_run("experiment=kimi_vl_a3b", "++data.phases.1.max_patches=4"), resolve=True)
+    with pytest.raises(ValueError, match="kimivl memory experiment=kimi_vl_a3b"):
+        check_memory(cfg, ["experiment=kimi_vl_a3b"], Device("small", 80 * 10**9))
+    check_memory(cfg, ["experiment=kimi_vl_a3b"], Device("middle", 120 * 10**9))
+    assert "memory may run out" in caplog.text
+    caplog.clear()
+    check_memory(cfg, [], Device("large", 10**13))
+    check_memory(cfg | {"trainer": cfg["trainer"] | {"accelerator": "cpu"}}, [], Device("none", 1))
+    assert not caplog.text
