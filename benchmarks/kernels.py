@@ -10,7 +10,8 @@ kernel that runs there; milliseconds forward and backward, peak memory beyond th
 
 Versions take turns, and the plain one comes first (``benchmarks/kernel_cases.py``). A difference is the largest of all
 elements of the result and all gradients, each relative to the largest element of the plain version's; the command fails
-where one is beyond the limit. What the memory does not suffice for says so in its row.
+where one is beyond the limit. What the memory does not suffice for, and what breaks (which fails the command too), says
+so in its row.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Differences that rounding explains; bfloat16 has 8 bits."""
 MUON_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Newton-Schulz in bfloat16 magnifies the rounding of small singular values."""
+
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -77,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [row for row in rows if row.difference is not None and not row.difference <= _limit(row, dtype)]
     for row in wrong:
         console.print(f"[red]{row.case}, {row.version}: {row.difference:.1e} is more than rounding explains[/]")
-    return 1 if wrong else 0
+    broken = any(row.failed not in (None, OUT_OF_MEMORY) for row in rows)
+    return 1 if wrong or broken else 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -128,14 +132,13 @@ def _measure(case: Case, device: torch.device, repeats: int) -> list[Row]:
 
 
 def _first(row: Row, version: Version, device: torch.device) -> list[Tensor] | None:
-    """The result of the first call, whose memory is measured; None where memory ran out."""
+    """The result of the first call, whose memory is measured; None where it failed: the others run nevertheless."""
     memory = PeakMemory(device)
     try:
         found = version()
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        row.failed = "out of memory"
+        first_line = next(iter(str(error).splitlines()), "")
+        row.failed = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {first_line}"
         found = None
     read = memory.read()
     row.bytes = read["peak"] - read["before"]

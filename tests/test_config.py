@@ -24,19 +24,6 @@ def test_stage_and_experiment(stage, experiment):
 
 GROUPS = ["kernels", "router", "lora", "model", "optimizer", "trainer", "logger", "callbacks", "debug", "sweep"]
 GROUPS += ["reward", "rollout"]
-    "kernels",
-    "router",
-    "lora",
-    "model",
-    "optimizer",
-    "trainer",
-    "logger",
-    "callbacks",
-    "debug",
-    "sweep",
-    "reward",
-    "rollout",
-]
 
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])

@@ -24,8 +24,8 @@ from kimivl.memory.remedies import remedies
 from kimivl.memory.setup import Numbers, Pack
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, experts
 from kimivl.model import segment_attention as kernels
-from kimivl.model.attention import Segments
 from kimivl.model.checkpointing import checkpoint_activations
+from kimivl.model.segments import Segments
 from kimivl.model.vision import rope_2d
 from kimivl.optim import MuonAdamW
 
@@ -207,8 +207,13 @@ def peak_of_a_step(config: KimiVLConfig, mode: str, freeze: tuple[str, ...]) -> 
     return live.peak + weights
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
-@pytest.mark.parametrize("freeze", [(), ("vision_tower",)], ids=["all", "vision frozen"])
+STEPS = [(mode, freeze) for mode in ("none", "full", "selective") for freeze in ((), ("vision_tower",))]
+QUICK = [("none", ()), ("full", ()), ("selective", ("vision_tower",))]
+
+
+@pytest.mark.parametrize(
+    ("mode", "freeze"), [pytest.param(*step, marks=[] if step in QUICK else pytest.mark.slow) for step in STEPS]
+)
 def test_the_peak_of_a_whole_step(small: KimiVLConfig, mode: str, freeze: tuple[str, ...]):
     pack = Pack("a pack", sum(LENGTHS), sum(h * w for h, w in IMAGES))
     found = estimate(setup_of(small, packs=(pack,), checkpointing=mode, freeze=freeze))
@@ -280,6 +285,28 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(small: KimiVLCo
         applied = change.apply(applied)
     assert estimate(applied).peak <= capacity < estimate(setup).peak
     assert remedies(found, 1e6) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gb"),
+    [
+        (["stage=sft"], 6),  # the packs of both phases are too large
+        (["stage=sft"], 3),
+        (["stage=sft", "activation_checkpointing=none", "trainer.precision=bf16-mixed", "optimizer=adamw"], 8),
+        (["stage=sft", "data.phases.1.max_length=32768", "data.phases.1.max_patches=131072"], 4),
+        (["stage=rl"], 12),
+    ],
+)
+def test_what_is_said_to_fit_fits_as_it_is_typed(overrides: list[str], gb: float):
+    def found(*more: str) -> Estimate:
+        cfg = compose_run("experiment=kimi_vl_a3b", "model=small", *overrides, *more)
+        return estimate(Setup.of(OmegaConf.to_container(cfg, resolve=True)))
+
+    before = found()
+    changes = remedies(before, gb * 1e9)
+    assert before.peak > gb * 1e9 and changes is not None
+    after = found(*(word for change in changes for word in change.override.split()))
+    assert after.peak <= gb * 1e9
 
 
 @pytest.mark.parametrize(

@@ -161,11 +161,11 @@ def _moments(setup: Setup, parameters: Parameters, pack: Pack) -> tuple[Moment, 
     update = parameters.update if parameters.in_backward else 0.0
     moments = [
         ("forward's end", gradients["forward"], everything, step.loss_forward, "a block of logits"),
-        ("loss backward", gradients["loss"], everything, step.loss_backward + update, "logits and their gradients"),
-        ("last layer's backward", gradients["loss"], everything, step.layer + update, "a layer's backward pass"),
-        ("first layer's backward", gradients["decoder"], first, step.layer + update, "a layer's backward pass"),
-        ("vision backward", gradients["vision"], only_vision, step.block + update, "a block's backward pass"),
-        ("update", gradients["update"], {}, float(parameters.update), "the optimiser's step"),
+        ("loss backward", gradients["loss"], everything, step.loss_backward + update, "logits, gradients"),
+        ("last layer's backward", gradients["loss"], everything, step.layer + update, "a layer's pass"),
+        ("first layer's backward", gradients["decoder"], first, step.layer + update, "a layer's pass"),
+        ("vision backward", gradients["vision"], only_vision, step.block + update, "a block's pass"),
+        ("update", gradients["update"], {}, float(parameters.update), "the optimiser"),
     ]
     found = [_moment(setup, parameters, *moment) for moment in moments]
     if setup.rollouts is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kimivl.memory.estimate import Estimate, PackEstimate, estimate
-from kimivl.memory.setup import Numbers, Pack, Setup
+from kimivl.memory.setup import PATCHES_PER_TOKEN, Numbers, Pack, Setup
 
 SHORTEST = 1024
 """Tokens below which no pack is proposed."""
@@ -112,17 +112,23 @@ def _smaller_experience(accumulate: int) -> Change:
 
 
 def _fewer_patches(found: PackEstimate) -> Change:
-    pack = replace(found.pack, patches=max(found.pack.tokens // 4, found.pack.patches // 2))
-    return Change(
-        f"++data.phases.{pack.phase}.max_patches={pack.patches}", lambda one: _with_pack(one, pack.phase, pack)
-    )
+    phase, patches = found.pack.phase, max(found.pack.tokens // 4, found.pack.patches // 2)
+    return Change(f"++data.phases.{phase}.max_patches={patches}", _in_phase(phase, lambda one: (one.tokens, patches)))
 
 
 def _shorter(found: PackEstimate) -> Change:
-    tokens = found.pack.tokens // 2
-    pack = replace(found.pack, tokens=tokens, patches=min(found.pack.patches, 4 * tokens))
-    return Change(f"data.phases.{pack.phase}.max_length={tokens}", lambda one: _with_pack(one, pack.phase, pack))
+    phase, tokens = found.pack.phase, found.pack.tokens // 2
+    return Change(
+        f"data.phases.{phase}.max_length={tokens}",
+        _in_phase(phase, lambda one: (tokens, min(one.patches, PATCHES_PER_TOKEN * tokens))),
+    )
 
 
-def _with_pack(setup: Setup, phase: int, pack: Pack) -> Setup:
-    return replace(setup, packs=tuple(pack if one.phase == phase else one for one in setup.packs))
+def _in_phase(phase: int, limits: Callable[[Pack], tuple[int, int]]) -> Callable[[Setup], Setup]:
+    """Other limits, of tokens and patches, for the packs of a phase; the other phases keep theirs."""
+
+    def change(pack: Pack) -> Pack:
+        tokens, patches = limits(pack)
+        return replace(pack, tokens=tokens, patches=patches) if pack.phase == phase else pack
+
+    return lambda setup: replace(setup, packs=tuple(map(change, setup.packs)))

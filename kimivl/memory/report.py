@@ -66,7 +66,7 @@ def _summary(found: Estimate) -> str:
     share = "all train" if trained == 1 else f"{trained:.2%} train"
     name = setup.optimizer["_target_"].rpartition(".")[2]
     return (
-        f"[bold]{parameters.numel / 1e9:.2f} B parameters[/] in "
+        f"[bold]{_count(parameters.numel)} parameters[/] in "
         f"{bits[setup.numbers.parameter, setup.numbers.compute]}, {share}; {name}; "
         f"checkpointing {setup.checkpointing}"
     )
@@ -74,21 +74,23 @@ def _summary(found: Estimate) -> str:
 
 def _peak_table(found: Estimate, device: Device | None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=False)
-    table.add_column("GB (10⁹ bytes) at the peak", no_wrap=True)
+    unit, power, size = _unit(found)
+    table.add_column(f"{unit} ({power} bytes) at the peak", no_wrap=True)
     for pack in found.packs:
         table.add_column(pack.pack.label, justify="right", no_wrap=True)
     peaks = [pack.peak for pack in found.packs]
     for row in dict.fromkeys(row for peak in peaks for row in peak.rows):
         # the rows of all columns in the order of the first that has them; the purposes of workspaces differ
-        table.add_row(_ROWS.get(row, row), *(_figure(peak.rows.get(row)) for peak in peaks))
+        table.add_row(_ROWS.get(row, row), *(_figure(peak.rows.get(row), size) for peak in peaks))
     table.add_section()
-    table.add_row("[bold]peak[/]", *(f"[bold]{peak.total / GB:,.1f}[/]" for peak in peaks))
+    table.add_row("[bold]peak[/]", *(f"[bold]{_figure(peak.total, size)}[/]" for peak in peaks))
     table.add_row("  in", *(peak.name for peak in peaks), style="dim")
     if device is not None:
-        room = [(device.capacity - peak.total) / GB for peak in peaks]
-        table.add_row(f"{device.name}", *(f"{device.capacity / GB:,.1f}" for _ in peaks))
+        room = [device.capacity - peak.total for peak in peaks]
+        table.add_row(f"{device.name}", *(_figure(device.capacity, size) for _ in peaks))
         marks = [
-            f"[green]fits, {left:,.1f} free[/]" if left >= 0 else f"[red]{-left:,.1f} too much[/]" for left in room
+            f"[green]fits, {_figure(left, size)} free[/]" if left >= 0 else f"[red]{_figure(-left, size)} too much[/]"
+            for left in room
         ]
         table.add_row("", *marks)
     return table
@@ -96,13 +98,14 @@ def _peak_table(found: Estimate, device: Device | None) -> Table:
 
 def _moments_table(found: Estimate) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("GB in all, moment by moment", no_wrap=True)
+    unit, _, size = _unit(found)
+    table.add_column(f"{unit} in all, moment by moment", no_wrap=True)
     for pack in found.packs:
         table.add_column(pack.pack.label, justify="right", no_wrap=True)
     table.add_column("workspace of", no_wrap=True, style="dim")
     for number, moment in enumerate(found.packs[0].moments):
         totals = [pack.moments[number].total for pack in found.packs]
-        table.add_row(moment.name, *(f"{total / GB:,.1f}" for total in totals), moment.workspace)
+        table.add_row(moment.name, *(_figure(total, size) for total in totals), moment.workspace)
     return table
 
 
@@ -111,14 +114,27 @@ def _notes(found: Estimate, device: Device | None) -> str:
     notes = [f"largest packs: {packs}"]
     if found.setup.rollouts is not None:
         notes.append(f"rollouts: {found.setup.rollouts.rows} rows of {found.setup.rollouts.tokens:,} tokens")
-    if not found.setup.on_cpu:
+    if found.setup.on_cpu and device is not None:
+        notes.append("trainer.accelerator=cpu: with the kernels of a CPU; for a GPU's, and its bf16, add trainer=gpu")
+    elif not found.setup.on_cpu:
         notes.append("CUDA context and allocator's scraps are allowances, not measured")
     if device is not None:
         notes.append(f"{device.name}: {device.capacity / GIB:.1f} GiB that torch sees = {device.capacity / GB:.1f} GB")
     return "\n".join(notes)
 
 
-def _figure(size: float | None) -> str:
+def _unit(found: Estimate) -> tuple[str, str, int]:
+    """Of all figures of the tables: its name, its power of ten and its bytes."""
+    return ("GB", "10⁹", GB) if found.peak >= 10 * GB else ("MB", "10⁶", 10**6)
+
+
+def _figure(size: float | None, unit: int) -> str:
     if size is None:
         return "–"
-    return f"{size / GB:,.2f}" if size < GB / 10 else f"{size / GB:,.1f}"
+    if unit < GB:
+        return f"{size / unit:,.0f}"
+    return f"{size / unit:,.2f}" if size < unit / 10 else f"{size / unit:,.1f}"
+
+
+def _count(numel: int) -> str:
+    return f"{numel / 1e9:.2f} B" if numel >= 1e9 else f"{numel / 1e6:.2f} M"

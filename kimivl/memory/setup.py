@@ -5,6 +5,7 @@ Legend: B bytes of a number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ _PRECISIONS = {
     "16-true": (2, 2),
 }
 PATCHES_PER_TOKEN = 4
-"""Image patches that a pack may hold per token where a phase sets no ``max_patches`` (the SFT datamodule's rule)."""
+"""Image patches of an image token: the most that a pack can hold for each of its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +162,15 @@ def _packs(
         raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
     if rollouts is not None:
         return (_experience_pack(data, accumulate, rollouts, patches, prompt_tokens),)
-    packs = {}
+    packs = []
     for number, phase in enumerate(phases):
         length = phase.get("max_length")
         if not length:
             raise ValueError(f"data.phases.{number}.max_length is missing: the length of a pack decides its memory")
-        most = phase.get("max_patches") or PATCHES_PER_TOKEN * length
-        most = most if patches is None else patches
-        packs[length, most] = Pack(f"{_thousands(length)} pack", length, most, number)
-    return tuple(packs.values())
+        most = min(phase.get("max_patches") or math.inf, PATCHES_PER_TOKEN * length)
+        most = int(most) if patches is None else patches
+        packs.append(Pack(f"{_thousands(length)} pack", length, most, number))
+    return tuple(packs)
 
 
 def _experience_pack(
@@ -181,7 +182,7 @@ def _experience_pack(
     tokens = responses * rollouts.tokens
     images = -(-responses // data["responses"])
     most = images * prompt_tokens * PATCHES_PER_TOKEN
-    return Pack(f"{responses} responses", tokens, most if patches is None else patches)
+    return Pack(f"{responses} response{'s' * (responses > 1)}", tokens, most if patches is None else patches)
 
 
 def _rollouts(cfg: Mapping[str, Any], prompt_tokens: int) -> Rollouts:

@@ -22,10 +22,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from kimivl.model.kernels import Attention
 from kimivl.model.lora import effective_weight
-from kimivl.model.segment_attention import compute_dtype, resolve, segment_attention
+from kimivl.model.segment_attention import compute_dtype, segment_attention
 from kimivl.model.segments import Segments
-
-__all__ = ["SEGMENT_ATTENTION", "Segments", "attention_forward", "install", "register", "resolve", "segment_attention"]
 
 SEGMENT_ATTENTION = "kimivl_segments"
 

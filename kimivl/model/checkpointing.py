@@ -48,19 +48,19 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
         raise ValueError(f"activation_checkpointing={mode}: choose one of {', '.join(MODES)}")
     for hook in vars(model).pop("_checkpointing_hooks", ()):
         hook.remove()
-    run = _run_full
+    run = _run_again
     if mode == "selective":
         policy = CostPolicy(threshold=2 * model.config.text_config.hidden_size)
         experts = [module for module in model.modules() if isinstance(module, DeepseekV3Experts)]
         vars(model)["_checkpointing_hooks"] = [hook for module in experts for hook in policy.watch(module)]
-        run = partial(_run_full, context_fn=partial(create_selective_checkpoint_contexts, policy))
+        run = partial(_run_again, context_fn=partial(create_selective_checkpoint_contexts, policy))
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module._gradient_checkpointing_func = run
             module.gradient_checkpointing = mode != "none"
 
 
-def _run_full(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _run_again(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``function(*args)``, run again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*args)

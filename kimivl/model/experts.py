@@ -13,7 +13,7 @@ For the backward pass both keep the gate and up products (S, 2I) and nothing els
 again, the activation is computed again, and the weights' gradient needs no outputs because
 <dout_t, down_e(a)> = <down_e^T dout_t, a>. For the same reason the weight is applied before ``down``, to I channels
 instead of D. transformers' loop differentiates through indexing of the stacked weights, which costs a gradient of the
-whole stack per expert, and its grouped_mm keeps about five times as much.
+whole stack per expert, and its grouped_mm keeps 3.5 times as much at Kimi-VL's proportion of I to D.
 
 Legend: T tokens, K experts per token, S = T K rows, E experts, D width, I expert width.
 """
@@ -221,7 +221,8 @@ def _spans(ends: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _buffers(spans: list[tuple[int, int, int]], like: Tensor, width: int, count: int) -> list[Tensor]:
-    """Room for the rows of any one expert, ``count`` times: fresh memory per expert costs a CPU more than the work."""
+    """Room for the rows of any one expert, ``count`` times; with memory of its own for each, a layer of the tiny model
+    took 1.15 times the CPU time at 4K tokens, one of the small model 1.1 times."""
     longest = max((end - start for _, start, end in spans), default=0)
     return [like.new_empty(longest, width) for _ in range(count)]
 

@@ -21,7 +21,7 @@ class Kernels:
     """A choice for each part; ``auto`` is the fastest exact one for the device and dtype at hand.
 
     Args:
-        attention: see ``kimivl.model.attention``.
+        attention: see ``kimivl.model.segment_attention``.
         experts: see ``kimivl.model.experts``.
         loss: see ``kimivl.model.loss``.
 
@@ -45,10 +45,10 @@ class Kernels:
         Raises:
             ValueError: when a named one cannot run there, with what can.
         """
-        from kimivl.model import attention, experts, loss  # they import this module
+        from kimivl.model import experts, loss, segment_attention  # they import this module
 
         return Kernels(
-            attention.resolve(self.attention, device, dtype),
+            segment_attention.resolve(self.attention, device, dtype),
             experts.resolve(self.experts, device, dtype),
             loss.resolve(self.loss, device, dtype),
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DeepseekV3ForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from kimivl.model.attention import SEGMENT_ATTENTION, Segments, install
+from kimivl.model.attention import SEGMENT_ATTENTION, install
 from kimivl.model.cache import decoding_cache
 from kimivl.model.configuration import KimiVLConfig
 from kimivl.model.experts import implementation
@@ -26,6 +26,7 @@ from kimivl.model.loss import linear_log_probs
 from kimivl.model.official import OfficialFormat
 from kimivl.model.projector import MultiModalProjector
 from kimivl.model.router import route_in_float32
+from kimivl.model.segments import Segments
 from kimivl.model.vision import MoonViT, normalise
 
 

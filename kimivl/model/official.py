@@ -27,7 +27,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from kimivl.model.lora import merged
 from kimivl.model.official_reading import Stored, check_tensors, copy_tensors, read_headers
-from kimivl.model.official_writing import commit, put_in_place, stage, write_weights
+from kimivl.model.official_writing import commit, stage, write_weights
 
 # What AutoModel hands on about downloads; a checkpoint is a local folder here.
 _HUB_ARGUMENTS = {"_from_auto", "adapter_kwargs", "cache_dir", "code_revision", "force_download", "proxies"}
@@ -78,7 +78,6 @@ class OfficialFormat:
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no config.json: give the local folder of a checkpoint")
-        put_in_place(folder)
         config = cls.config_class.from_pretrained(folder) if config is None else copy.deepcopy(config)
         stored = read_headers(folder)
         with no_init_weights(), torch.device("meta"):
@@ -91,7 +90,9 @@ class OfficialFormat:
         return model.eval()  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
-        """Write config.json, generation_config.json and the weights under their official names, whole or not at all.
+        """Write config.json, generation_config.json and the weights under their official names.
+
+        A save that is killed leaves the folder as it was, complete, or without weights; never a mixture.
 
         Each tensor is written in the dtype that it was loaded with; those of a fresh model in `config.dtype`.
         """

@@ -21,6 +21,8 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAVING = ".saving"
+"""The subfolder in which a save collects its files."""
 LENGTH_BYTES = 8
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """What a tensor may be stored as; also the order, from behind, in which safetensors lays tensors out."""
@@ -89,6 +91,10 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 def _files(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
     files = [folder / name for name in sorted(set(weight_map.values()))] if weight_map else [folder / WEIGHTS]
+    if weight_map is None and not files[0].is_file() and (folder / SAVING).is_dir():
+        raise ValueError(
+            f"{folder} holds no whole checkpoint: writing one there was interrupted; save again, or copy one there"
+        )
     for file in files:
         if not file.is_file():
             why = f"{INDEX} names it" if weight_map else f"nor does {INDEX}"

@@ -1,14 +1,12 @@
-"""Writing official checkpoints: one tensor in host memory at a time, and never a half-written checkpoint.
+"""Writing official checkpoints: what safetensors would write, tensor after tensor; old, new, or refused, never mixed.
 
-A save writes all its files into the subfolder `.saving` and syncs them to the disk. Renaming it to `.saved` is the
-moment from which the new checkpoint holds: `put_in_place` then moves the files to where they belong, and can be
-called again where that was interrupted. The file that makes a folder loadable (the index, or the only weights file)
-goes first and comes last, so that other readers find the old files, the new ones, or none.
+A save writes all its files into the subfolder `.saving` and syncs them to the disk. Then it takes away what makes the
+folder loadable (the index, or the only weights file), moves its files into place, and that one last. A folder whose
+save was killed loads as it was before, or as what was saved, or is refused for having no weights.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -19,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kimivl.model.official_reading import DTYPES, INDEX, LENGTH_BYTES, WEIGHTS
+from kimivl.model.official_reading import DTYPES, INDEX, LENGTH_BYTES, SAVING, WEIGHTS
 
-SAVING, SAVED = ".saving", ".saved"
+_HEADS = (INDEX, WEIGHTS)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LAYOUT = list(_NAMES)
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -102,7 +100,6 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, 
 
 def stage(folder: Path) -> Path:
     """The empty folder in which a save into `folder` writes its files."""
-    put_in_place(folder)
     staging = folder / SAVING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -111,30 +108,20 @@ def stage(folder: Path) -> Path:
 
 def commit(staging: Path) -> None:
     """Make the files in `staging` those of its folder."""
-    for file in staging.iterdir():
+    folder = staging.parent
+    files = sorted(staging.iterdir(), key=lambda file: file.name in _HEADS)
+    for file in files:
         sync(file)
-    sync(staging)
-    staging.rename(staging.with_name(SAVED))
-    sync(staging.parent)
-    put_in_place(staging.parent)
-
-
-def put_in_place(folder: Path) -> None:
-    """Bring to its end a save that was interrupted while its files were moved to their places."""
-    saved = folder / SAVED
-    if not saved.is_dir():
-        return
-    heads = (INDEX, WEIGHTS)
-    shards = {file.name for file in saved.iterdir()}
-    if shards & set(heads):
-        for head in heads:
-            (folder / head).unlink(missing_ok=True)
-    for name in sorted(shards, key=lambda name: name in heads):
-        with contextlib.suppress(FileNotFoundError):  # another process that reads the folder was faster
-            (saved / name).replace(folder / name)
-    _remove_stale_shards(folder)
+    for head in _HEADS:
+        (folder / head).unlink(missing_ok=True)
     sync(folder)
-    shutil.rmtree(saved, ignore_errors=True)
+    for file in files:
+        if file.name in _HEADS:
+            sync(folder)
+        file.replace(folder / file.name)
+    sync(folder)
+    staging.rmdir()
+    _remove_stale_shards(folder)
 
 
 def _remove_stale_shards(folder: Path) -> None:

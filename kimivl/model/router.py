@@ -118,6 +118,10 @@ class Router:
             bias = gate.e_score_correction_bias
             bias.add_(direction.to(bias), alpha=self.balancing.bias_update_rate)
 
+    def forget(self) -> None:
+        """Leave out what was counted since the last step: its packs run through the model once more."""
+        self.load = self._no_load()
+
     def step_load(self) -> Tensor:
         """(B, E) tokens that each expert got in the last whole optimiser step, of all ranks (all must call this)."""
         if not self._reduced and dist.is_available() and dist.is_initialized():

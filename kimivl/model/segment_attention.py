@@ -181,11 +181,15 @@ def _widen(tensors: tuple[Tensor, ...], multiple: int) -> list[Tensor]:
 
 def _per_run(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool) -> Tensor:
     """Scaled-dot-product attention, run by run."""
-    if q.device.type == "cpu":
-        width = v.shape[-1]
-        return _FusedOnCPU.apply(*_widen((q, k, v), 1), segments.runs, scale, causal)[..., :width]
+    if q.device.type != "cpu":
+        return _per_run_by_autograd(q, k, v, segments.runs, scale, causal)
+    width = v.shape[-1]
+    return _FusedOnCPU.apply(*_widen((q, k, v), 1), segments.runs, scale, causal)[..., :width]
+
+
+def _per_run_by_autograd(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float, causal: bool) -> Tensor:
     outputs = []
-    for qs, ks, vs in _by_run((q, k, v), segments.runs):
+    for qs, ks, vs in _by_run((q, k, v), runs):
         outputs.append(_to_row(F.scaled_dot_product_attention(qs, ks, vs, scale=scale, is_causal=causal)))
     return torch.cat(outputs)
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kimivl.model.attention import Segments, segment_attention
 from kimivl.model.configuration import MoonViTConfig
 from kimivl.model.kernels import Attention
+from kimivl.model.segment_attention import segment_attention
+from kimivl.model.segments import Segments
 
 MAX_SIDE = 512  # patches; the 2-D RoPE of the reference has a table of this size
 _NORM_EPS = 1e-5

@@ -1,9 +1,10 @@
-"""Which parameters are matrices to Muon, and how a parameter is read as a stack of them.
+"""Which parameters are matrices to Muon, how a parameter is read as a stack of them, and how stacks make batches.
 
 Shapes: E experts, H hidden, I expert width, R rows <= C columns of a matrix laid wide.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -67,3 +68,39 @@ def matrices_of(name: str, parameter: Tensor, splits: Mapping[str, int]) -> Matr
     if rows % split:
         raise ValueError(f"{name} {tuple(parameter.shape)}: {rows} rows do not divide into {split} matrices")
     return Matrices(stacked * split, rows // split, cols)
+
+
+class Piece(NamedTuple):
+    """A part of a parameter, and of its gradient and states: ``part`` of them read as ``view``."""
+
+    parameter: Tensor
+    view: Sequence[int]
+    part: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.view)[self.part]
+
+
+def cut(counts: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut stacks of so many items, laid end to end, into equal batches of at most ``limit`` items.
+
+    Example: stacks of 5 and 1 items, at most 4 in a batch -> [(0, 0:3)], [(0, 3:5), (1, 0:1)].
+    """
+    total = sum(counts)
+    if not total:
+        return
+    size = math.ceil(total / math.ceil(total / limit))
+    batch: list[tuple[int, slice]] = []
+    room = size
+    for number, count in enumerate(counts):
+        start = 0
+        while start < count:
+            stop = min(start + room, count)
+            batch.append((number, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = [], size
+    if batch:
+        yield batch

@@ -69,3 +69,8 @@ class Wide:
 def master_of(parameter: Tensor, remainder: Tensor) -> Tensor:
     """The float32 numbers that a bf16 parameter and its int16 remainder are together."""
     return Wide([parameter.detach()], [remainder]).values[0]
+
+
+def seed_of(step: int) -> int:
+    """Seeds far apart for steps in a row (an odd factor: none comes twice); the CPU's generator takes 32 bits."""
+    return step * 2654435761 % 2**32

@@ -19,6 +19,7 @@ from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import checkpoint_activations
 from kimivl.model.lora import add_lora, check_lora, fingerprint, frozen_names
 from kimivl.model.router import Balancing, Router
+from kimivl.model.segment_attention import compute_dtype
 from kimivl.optim import MuonAdamW, MuonAdamWInBackward, PhaseSchedule
 from kimivl.optim.clipping import clip_gradients
 from kimivl.rl.rewards import Reward
@@ -92,6 +93,7 @@ class StageModule(LightningModule):
         """Build the model once the data (and with it the tokenizer) is there; Lightning calls this for every entry."""
         if hasattr(self, "model"):
             return
+        self._check_kernels()
         processor = self.datamodule.processor
         self.model = build_model(self.model_config, self.init_from, processor)
         for part in self.freeze_parts:
@@ -111,6 +113,14 @@ class StageModule(LightningModule):
             pad_id=tokenizer.pad_token_id,
             never=[self.model.config.media_placeholder_token_id],
         )
+
+    def _check_kernels(self) -> None:
+        """Refuse kernels that cannot train on the run's device in its dtype, before the weights are read."""
+        device = self.trainer.strategy.root_device
+        with self.trainer.precision_plugin.forward_context():
+            dtype = compute_dtype(torch.empty(0, device=device))
+        if self.kernels.resolve(device, dtype).attention == "flex" and device.type == "cpu":
+            raise ValueError("kernels.attention=flex has no gradients on a CPU; use sdpa, or auto")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
@@ -138,7 +148,13 @@ class StageModule(LightningModule):
             self.log("train/grad_norm", norm, batch_size=1)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        def closure() -> Any:
+            # With clip=two_pass the optimiser runs it twice, and the same pack must count once.
+            self.router.forget()
+            return optimizer_closure()
+
+        in_backward = isinstance(optimizer, MuonAdamWInBackward)  # which takes one pack a step
+        super().optimizer_step(epoch, batch_idx, optimizer, closure if in_backward else optimizer_closure)
         self.router.update_bias()
         if (norm := getattr(optimizer, "grad_norm", None)) is not None:  # of MuonAdamWInBackward
             self.log("train/grad_norm", norm, batch_size=1)

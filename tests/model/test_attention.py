@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
-from kimivl.model.attention import Segments, attention_forward, expand
+from kimivl.model.attention import attention_forward, expand
+from kimivl.model.segments import Segments
 
 STAND_INS = ["varlen", "flash_2", "flash_3"]
 
@@ -164,6 +165,8 @@ def test_expanded_keys_are_those_of_transformers(small):
     for ours, theirs in zip((key, value), DeepseekV3Attention.expand_kv(module, latent, key_rot), strict=True):
         torch.testing.assert_close(ours, theirs[0].transpose(0, 1), atol=1e-6, rtol=1e-6)
     assert value._base is not None and key.is_contiguous()
+    with torch.autocast("cpu", torch.bfloat16):  # keys in its dtype, although rotations are float32
+        assert {x.dtype for x in expand(module, latent[0, 0], key_rot[0, 0])} == {torch.bfloat16}
 
 
 def test_a_layer_equals_dense_attention(small):
@@ -180,8 +183,8 @@ def test_a_layer_equals_dense_attention(small):
 
 
 @torch.no_grad()
-def test_decoding_over_latents_equals_expanded_keys(tiny):
-    """One query per row against 5 cached tokens, of which the first two of row 0 are padding."""
+def test_decoding_over_latents_equals_expanded_keys(tiny, monkeypatch):
+    """One query per row against 5 cached tokens, of which the first two of row 0 are padding; none is expanded."""
     module = tiny.language_model.model.layers[1].self_attn
     torch.manual_seed(0)
     query = torch.randn(2, module.num_heads, 1, module.qk_head_dim)
@@ -189,7 +192,9 @@ def test_decoding_over_latents_equals_expanded_keys(tiny):
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     mask[0, ..., :2] = False
     for attended in (mask, None):
-        out, _ = attention_forward(module, query, latent, key_rot, attended, scaling=module.scaling)
+        with monkeypatch.context() as patched:
+            patched.setattr(DeepseekV3Attention, "expand_kv", None)
+            out, _ = attention_forward(module, query, latent, key_rot, attended, scaling=module.scaling)
         key, value = DeepseekV3Attention.expand_kv(module, latent, key_rot)
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=attended, scale=module.scaling)
         torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-5, rtol=1e-4)

@@ -70,7 +70,7 @@ def test_equals_transformers_loop(tiny, kernel, tokens):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("experts", [2, 5, 16])
+@pytest.mark.parametrize("experts", [2, 5, 200])
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 33, 150])
 def test_is_the_formula_whatever_the_sizes(kernel, tokens, experts, top_k):
@@ -114,6 +114,20 @@ def test_bf16_parameters_are_as_exact_as_transformers_loop(tiny, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_a_tokens_rows_are_summed_in_float32(kernel):
+    """One expert a token has nothing to sum: the sums of such results are rounded to bf16 once, and so are all."""
+    hidden, index, weight, *stacks = make(64, 9, 6, dtype=torch.bfloat16)
+    whole = with_gradients(run(kernel, hidden, index, weight, *stacks), [hidden])
+    parts = [
+        with_gradients(run(kernel, hidden, index[:, k : k + 1], weight[:, k : k + 1], *stacks), [hidden])
+        for k in range(6)
+    ]
+    for total, *terms in zip(whole, *parts, strict=True):
+        once = torch.stack([term.detach().float() for term in terms]).sum(0).bfloat16()
+        assert (total.detach() != once).float().mean() < 0.1  # 0.05 where ties are rounded up; in bf16 0.4
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_autocast_computes_in_its_dtype_and_gradients_keep_the_parameters_dtype(kernel):
     inputs = make(20, 4, 2)
     wanted = [inputs[i] for i in (0, 2, 3, 4)]
@@ -123,8 +137,10 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_the_parameters_dtype(
     truth = with_gradients(plain(*inputs), wanted)
 
     assert all(tensor.dtype == torch.float32 for tensor in ours)
-    assert all(not torch.equal(mine, true) for mine, true in zip(ours, truth, strict=True))
     assert_close(ours, truth, 0.03)
+    for mine, true in zip(ours, truth, strict=True):
+        with pytest.raises(AssertionError):
+            assert_close([mine], [true], 1e-4)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -226,6 +242,11 @@ def test_grouped_mm_is_refused_where_it_cannot_run(monkeypatch, device, dtype, w
     with pytest.raises(ValueError, match=f"kernels.experts=grouped_mm .*{why}.*; use kernels.experts=sorted"):
         resolve("grouped_mm", device, dtype)
     assert resolve("sorted", device, dtype) == "sorted"
+
+
+def test_grouped_mm_runs_on_older_devices_where_it_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert resolve("grouped_mm", CUDA, torch.bfloat16) == "grouped_mm"
 
 
 def test_grouped_mm_without_torchs_function(monkeypatch):

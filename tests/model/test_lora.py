@@ -58,7 +58,7 @@ def test_fresh_adapters_change_nothing_and_alone_train(tiny, adapted, pack):
     assert torch.equal(log_probs(model, pack), log_probs(tiny, pack))
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
-    assert frozen_names(model).isdisjoint(trained)
+    assert frozen_names(model) == {name for name, _ in model.named_parameters()} - trained  # and no buffers
 
 
 @pytest.mark.parametrize("target", EVERY)
@@ -152,7 +152,7 @@ def test_the_fingerprint_is_that_of_the_frozen_base(tiny, adapted):
     first = fingerprint(model)
     assert fingerprint(adapted("attention", trained=False)) == first
     with torch.no_grad():
-        model.language_model.model.norm.weight[0] += 1e-6
+        model.language_model.model.norm.weight[5] += 1e-6
     assert fingerprint(model) != first
 
 

@@ -420,6 +420,8 @@ def test_liger_equals_the_plain_loss_in_tritons_interpreter():
     script = INTERPRETED
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stderr and "triton/runtime/interpreter" in done.stderr:
+        pytest.skip("this triton's interpreter does not run under this numpy (triton 3.6 under numpy 2.4)")
     assert done.returncode == 0, done.stderr
 
 

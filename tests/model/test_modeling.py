@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from kimivl.model import KimiVLForConditionalGeneration
+from kimivl.model import Kernels, KimiVLForConditionalGeneration
+from kimivl.model.checkpointing import MODES, checkpoint_activations
+from kimivl.model.lora import TARGETS, add_lora
 from kimivl.model.modeling import positions_of_mask
+from kimivl.model.router import Router
 
 
 @pytest.fixture
@@ -89,6 +94,14 @@ def test_target_log_probs(tiny, samples, temperature):
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_uint8_pixels_are_normalised_and_others_are_taken_as_they_are(tiny, make_sample):
+    _, pixels, grids = make_sample(20, (2, 8))
+    ours = tiny.image_features(pixels, torch.tensor(grids))
+    theirs = tiny.image_features(pixels / 127.5 - 1, torch.tensor(grids))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_gradient_reaches_every_parameter(tiny, samples):
     ids, cu_seqlens, pixels, grids = pack(samples)
     tiny.zero_grad()
@@ -98,7 +111,8 @@ def test_gradient_reaches_every_parameter(tiny, samples):
     assert not any(name.endswith("e_score_correction_bias") for name, _ in tiny.named_parameters())
 
 
-def test_a_shared_image_equals_its_copies(tiny_config, make_sample):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_shared_image_equals_its_copies(tiny_config, make_sample, mode):
     """Responses to one problem refer to its pictures; values and gradients are those of copies."""
     torch.manual_seed(0)
     model = KimiVLForConditionalGeneration(tiny_config)
@@ -110,12 +124,46 @@ def test_a_shared_image_equals_its_copies(tiny_config, make_sample):
     results = []
     for inputs in ((pixels, grids, 1.0, None), (shared_pixels, shared_grids, 1.0, order)):
         model.zero_grad()
+        checkpoint_activations(model.train(), mode if results else "none")
         logp = model.target_log_probs(ids, targets, cu_seqlens, *inputs)
         logp.sum().backward()
         results.append((logp.detach(), {name: weight.grad for name, weight in model.named_parameters()}))
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_pack_without_targets_has_zero_gradients_and_an_auxiliary_loss(tiny, samples, adapted):
+    model = copy.deepcopy(tiny).train()
+    if adapted:
+        add_lora(model, 2, 4, list(TARGETS))
+    checkpoint_activations(model, "full")
+    router = Router(model, aux_loss_weight=0.1)
+    ids, cu_seqlens, pixels, grids = pack(samples)
+    with router.record(cu_seqlens):
+        logp = model.target_log_probs(ids, torch.full_like(ids, -100), cu_seqlens, pixels, grids)
+    assert logp.shape == (0,) and router.load.sum(1).tolist() == [2 * len(ids)] * 3
+
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    for gradient in torch.autograd.grad(logp.sum(), trained.values(), retain_graph=True):
+        assert not gradient.any()
+    router.aux_loss.backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in trained.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", [Kernels("sdpa", "sorted", "chunked"), Kernels("flex", "grouped_mm")])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_without_gradients_every_kernel_of_a_cpu_does_the_same(tiny, samples, kernels):
+    model = copy.deepcopy(tiny).train()  # as the references of RL are computed
+    ids, cu_seqlens, pixels, grids = pack(samples)
+    inputs = ids, shifted_targets(ids, cu_seqlens), cu_seqlens, pixels, grids
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = tiny.target_log_probs(*inputs), tiny.generate(**left_padded(samples), **options)
+    model.set_kernels(kernels)
+    torch.testing.assert_close(model.target_log_probs(*inputs), expected[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.eval().generate(**left_padded(samples), **options), expected[1])
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # not in 5.17 under its new name
@@ -163,6 +211,24 @@ def test_pack_without_images_touches_the_vision_tower(tiny, make_sample):
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
+def test_the_vision_tower_is_touched_for_its_gradients_only(tiny, make_sample, monkeypatch):
+    ids, cu_seqlens, _, _ = pack([make_sample(12)])
+    monkeypatch.setattr(type(tiny), "_touch_vision", None)
+    tiny.target_log_probs(ids, ids, cu_seqlens)
+    try:
+        with torch.no_grad():
+            tiny.train().target_log_probs(ids, ids, cu_seqlens)
+    finally:
+        tiny.eval()
+
+
+def test_the_loss_is_that_of_the_kernels(tiny, make_sample, monkeypatch):
+    monkeypatch.setattr(tiny, "kernels", Kernels(loss="liger"))
+    ids, cu_seqlens, _, _ = pack([make_sample(12)])
+    with pytest.raises(ValueError, match="kernels.loss=liger runs on CUDA devices"):
+        tiny.target_log_probs(ids, ids, cu_seqlens)
+
+
 def test_cached_greedy_equals_uncached_and_unpadded(tiny, samples):
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     batch = left_padded(samples)
@@ -204,14 +270,26 @@ def test_samples_never_attend_across(tiny):
     for options in ({}, {"use_cache": True}, {"attention_mask": torch.ones(1, 8, dtype=torch.long)}):
         with pytest.raises(ValueError, match="cu_seqlens"):
             tiny(ids, position_ids=positions, **options)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        tiny(ids, position_ids=torch.zeros_like(ids))  # samples of one token
     with pytest.raises(ValueError, match="no cache"):
         tiny(ids, cu_seqlens=torch.tensor([0, 4, 8]), use_cache=True)
+    with pytest.raises(ValueError, match="one packed row, got 2 rows"):
+        tiny(ids.repeat(2, 1), cu_seqlens=torch.tensor([0, 4, 8]))
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 4], [1, 8], [0, 4, 4, 8], [0, 8, 4, 8]])
 def test_wrong_cu_seqlens_are_refused(tiny, cu_seqlens):
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 8 tokens"):
         tiny(torch.arange(8)[None], cu_seqlens=torch.tensor(cu_seqlens))
+
+
+def test_positions_of_a_pack_restart(tiny):
+    """RoPE is relative, so results would hardly tell; far from 0 its angles are coarse."""
+    embeds, cu_seqlens = torch.zeros(1, 5, 128), torch.tensor([0, 3, 5])
+    for given, expected in ((None, [[0, 1, 2, 0, 1]]), (torch.tensor([[7, 8, 9, 0, 1]]), [[7, 8, 9, 0, 1]])):
+        context = tiny._context(embeds, cu_seqlens, given, None, None, False)
+        assert context["position_ids"].tolist() == expected
 
 
 def test_positions():

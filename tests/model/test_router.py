@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration
@@ -120,8 +117,9 @@ def test_the_bias_keeps_its_bits_when_the_model_is_cast(model, cast):
 
 
 def test_the_bias_moves_with_the_model(model):
-    model.to("meta")
-    assert all(gate.e_score_correction_bias.is_meta for gate in gates(model))
+    model.to("meta", torch.bfloat16)
+    for gate in gates(model):
+        assert gate.e_score_correction_bias.is_meta and gate.e_score_correction_bias.dtype == torch.float32
 
 
 # ---- load -------------------------------------------------------------------------------------------------------
@@ -157,6 +155,7 @@ def test_checkpointing_counts_nothing_twice(model, mode, weight):
     router = Router(model, aux_loss_weight=weight)
     (forward(model, router) + router.aux_loss).backward()
     assert router.load.sum(1).tolist() == [24 * 2] * 3
+    assert len(router._terms) == (3 if weight else 0)  # a term more would hold its layer's tensors
 
 
 LOADS = {
@@ -228,29 +227,6 @@ def test_the_updated_bias_is_in_the_state_dict(model, tiny):
     assert not torch.equal(biases(fresh)[0], biases(model)[0])
     fresh.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(biases(fresh), biases(model), strict=True))
-
-
-def _rank(rank: int, folder: str, config: KimiVLConfig) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = KimiVLForConditionalGeneration(config)
-    router = Router(model, bias_update_rate=0.01)
-    router.load[:] = torch.tensor([4, 0, 2, 2, 2, 2, 2, 2] if rank else [0, 3, 2, 2, 2, 2, 2, 2])  # sums: mean 3.875
-    router.update_bias()
-    again = router.step_load()  # summed once
-    torch.save((biases(model)[0], again), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_loads_of_all_ranks_move_the_bias(tmp_path, tiny_config):
-    mp.spawn(_rank, (str(tmp_path), tiny_config), nprocs=2)
-    (first, load), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert torch.equal(first, second) and torch.equal(load, other)
-    assert load[0].tolist() == [4, 3, 4, 4, 4, 4, 4, 4]
-    torch.testing.assert_close(first, 0.01 * torch.tensor([-1.0, 1, -1, -1, -1, -1, -1, -1]))
 
 
 # ---- auxiliary loss ---------------------------------------------------------------------------------------------

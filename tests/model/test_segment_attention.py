@@ -59,6 +59,18 @@ def test_sdpa_equals_dense(kernel, lengths, widths, causal):
     assert_equals_dense(inputs(sum(lengths), *widths), lengths, causal, kernel, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("widths", [(24, 24), (24, 16)])
+def test_sdpa_of_other_devices_equals_dense(widths, causal):
+    """Run on a CPU: they have torch's own gradients in the place of ours."""
+    qkv = inputs(sum(LENGTHS), *widths, dtype=torch.float64)
+    runs = Segments.of_lengths(LENGTHS, "cpu").runs
+    ours = with_gradients(lambda q, k, v: attention._per_run_by_autograd(q, k, v, runs, 0.3, causal), qkv)
+    dense = with_gradients(lambda q, k, v: dense_attention(q, k, v, LENGTHS, 0.3, causal), qkv)
+    for one, other in zip(ours, dense, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=40), st.booleans(), st.sampled_from(WIDTHS))
 def test_sdpa_of_any_lengths(lengths, causal, widths):
@@ -80,6 +92,21 @@ def test_flex_equals_dense(widths, causal):
         q, k, v = inputs(sum(lengths), *widths, requires_grad=False)
         out = segment_attention(q, k, v, Segments.of_lengths(lengths, "cpu"), 0.3, causal, "flex")
         torch.testing.assert_close(out, dense_attention(q, k, v, lengths, 0.3, causal), atol=1e-5, rtol=1e-4)
+
+
+def test_flex_gets_no_width_below_what_it_takes(monkeypatch):
+    shapes = []
+
+    def attend(*rows, block_mask):
+        shapes.extend(row.shape[-1] for row in rows)
+        return rows[2]
+
+    monkeypatch.setattr(attention, "_flex_function", lambda compiled: attend)
+    for width, value_width in ((12, 6), (24, 6), (24, 16)):
+        segments = Segments.of_lengths([8], "cpu")
+        out = attention._flex(*inputs(8, width, value_width, requires_grad=False), segments, 1.0, True)
+        assert out.shape[-1] == value_width
+    assert shapes == [16, 16, 16, 32, 32, 32, 24, 24, 16]
 
 
 def test_flex_without_gradients_on_a_cpu():
@@ -257,6 +284,7 @@ def test_the_dtype_is_autocast_s(monkeypatch):
     q, k, v = inputs(8, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         out = segment_attention(q, k, v.bfloat16(), Segments.of_lengths([8], "cpu"), 1.0, True)
+        assert attention.compute_dtype(q.double()) == torch.float64  # which autocast leaves alone
     assert out.dtype == torch.bfloat16 and seen == [torch.bfloat16]
     assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.float().sum(), (q, k)))
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -52,8 +52,11 @@ def test_no_empty_segments(lengths):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(lengths=LENGTHS)
+@example(lengths=[BLOCK, 2 * BLOCK, 1])
+@example(lengths=[3, 2 * BLOCK - 3])
+@example(lengths=[2 * BLOCK])
 def test_block_mask_is_that_of_all_pairs(causal, lengths):
     """Against `create_block_mask`, which evaluates the mask at every pair of tokens."""
     segments = Segments.of_lengths(lengths, "cpu")

@@ -23,10 +23,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fit(data: Path, tmp_path: Path):
-    """Train a fresh tiny model as configured, with plain SGD, and return its module and trainer."""
+    """Train a fresh tiny model as configured, and return its module and trainer.
+
+    With plain SGD, or with the optimiser of the config where ``momentum`` is None; on from ``ckpt_path`` where given.
+    """
 
     def run(
-        stage: str, *overrides: str, accumulate: int = 1, momentum: float = 0.0, **trainer: Any
+        stage: str,
+        *overrides: str,
+        accumulate: int = 1,
+        momentum: float | None = 0.0,
+        ckpt_path: Path | None = None,
+        **trainer: Any,
     ) -> tuple[Any, Trainer]:
         cfg = compose_run(f"stage={stage}", f"paths.data={data}", f"paths.output_dir={tmp_path}", *overrides)
         with open_dict(cfg):
@@ -37,7 +45,8 @@ def fit(data: Path, tmp_path: Path):
         seed_everything(1, verbose=False)
         datamodule = instantiate(cfg.data, _convert_="all")
         module = instantiate(cfg.module, _convert_="all")
-        module.make_optimizer = partial(torch.optim.SGD, lr=1.0, momentum=momentum)
+        if momentum is not None:
+            module.make_optimizer = partial(torch.optim.SGD, lr=1.0, momentum=momentum)
         options = {
             "max_epochs": datamodule.max_epochs,
             "accumulate_grad_batches": accumulate,
@@ -49,7 +58,7 @@ def fit(data: Path, tmp_path: Path):
             "accelerator": "cpu",
         }
         fitted = Trainer(**(options | trainer))
-        fitted.fit(module, datamodule)
+        fitted.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
         return module, fitted
 
     return run

@@ -36,10 +36,15 @@ def biases(module) -> list[torch.Tensor]:
     return [gate.e_score_correction_bias for gate in module.router.gates]
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_steps_load_is_that_of_its_packs(fit, accumulate):
+TWICE = ["optimizer=muon_in_backward", "optimizer.clip=two_pass"]
+
+
+@pytest.mark.parametrize(("accumulate", "more"), [(1, []), (3, []), (1, TWICE)], ids=["one", "three", "twice"])
+def test_a_steps_load_is_that_of_its_packs(fit, accumulate, more):
+    """Also where the optimiser runs a pack twice, once for its norm."""
     loads = Loads()
-    fit("sft", ONE, accumulate=accumulate, callbacks=[loads])
+    fit("sft", ONE, *more, accumulate=accumulate, momentum=None if more else 0.0, callbacks=[loads])
+    assert loads.loads
     for load, tokens in zip(loads.loads, loads.tokens, strict=True):
         assert load.sum(1).tolist() == [2 * tokens] * 3
 

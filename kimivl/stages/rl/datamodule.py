@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from kimivl.data.pack import pack_samples
 from kimivl.rl.experience import TrajectoryBatch, collect, deal
@@ -81,9 +83,16 @@ class RLDataModule(StageDataModule):
             if not self._problems:
                 self._read_again(self.experience)
         else:
-            self.experience = self._collect(iteration)
+            with self._autocast():
+                self.experience = self._collect(iteration)
         packs = self._deal(self.experience)
         return ExperienceLoader(lambda number: self._batch(packs, number), len(packs), start)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Rollouts and reference in the dtypes of the training steps, which Lightning puts into this context itself."""
+        assert self.trainer is not None
+        plugin = self.trainer.precision_plugin
+        return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
     def _read(self, numbers: np.ndarray) -> list[Problem]:
         """Read the problems of an iteration, once: its packs refer to them."""
