@@ -7,6 +7,7 @@ each other, so one is there at a time.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -32,6 +33,7 @@ class Remote:
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in train.py
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments))

@@ -116,10 +116,9 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 0")
+    return int(text)
 
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:

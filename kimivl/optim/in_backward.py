@@ -84,7 +84,6 @@ class MuonAdamWInBackward(MuonAdamW):
         if closure is None:
             raise ValueError("MuonAdamWInBackward.step needs a closure that runs the forward and backward pass")
         self._begin_step()
-        self._factor = None
         if self.clip == "two_pass":
             self._run(closure, self._measure)
             self._factor = clip_factor(total_norm(self._norms), self.clip_norm)

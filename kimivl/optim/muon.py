@@ -271,7 +271,6 @@ class MuonAdamW(Optimizer):
         lose half of their bits, and the remainders their meaning.
         """
         super().load_state_dict({**state_dict, "state": {}})
-        self.param_groups[0].setdefault("steps", 0)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):

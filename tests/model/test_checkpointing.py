@@ -208,6 +208,9 @@ def test_nothing_of_the_routed_experts_is_kept(tiny_config):
     hooks = policy.watch(experts)
     experts(torch.ones(4))
     seen.append(policy(None, ATEN.mm.default, meta(2, 64), meta(64, 2)))
+    with pytest.raises(RuntimeError):
+        experts(torch.ones(3))  # as a recomputation ends that has all it needs
+    seen.append(policy(None, ATEN.mm.default, meta(2, 64), meta(64, 2)))
     for hook in hooks:
         hook.remove()
-    assert [choice.name for choice in seen] == ["PREFER_RECOMPUTE", "MUST_SAVE"]
+    assert [choice.name for choice in seen] == ["PREFER_RECOMPUTE", "MUST_SAVE", "MUST_SAVE"]

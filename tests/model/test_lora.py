@@ -9,7 +9,16 @@ from torch import Tensor
 
 from kimivl.model import KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import checkpoint_activations
-from kimivl.model.lora import TARGETS, add_lora, check_lora, fingerprint, frozen_names, has_lora, merged
+from kimivl.model.lora import (
+    TARGETS,
+    add_lora,
+    check_lora,
+    effective_weight,
+    fingerprint,
+    frozen_names,
+    has_lora,
+    merged,
+)
 
 EVERY = list(TARGETS)
 
@@ -59,6 +68,15 @@ def test_fresh_adapters_change_nothing_and_alone_train(tiny, adapted, pack):
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert frozen_names(model) == {name for name, _ in model.named_parameters()} - trained  # and no buffers
+
+
+def test_a_weight_acts_as_the_formula_says(adapted):
+    layer = adapted("attention").language_model.model.layers[1].self_attn.q_proj
+    factors = [getattr(layer, name)["default"].weight for name in ("lora_B", "lora_A")]
+    expected = layer.base_layer.weight + 8 / 4 * factors[0] @ factors[1]
+    torch.testing.assert_close(effective_weight(layer), expected, atol=1e-6, rtol=1e-5)
+    x = torch.randn(3, expected.shape[1])
+    torch.testing.assert_close(layer(x), x @ expected.T, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("target", EVERY)
@@ -154,6 +172,8 @@ def test_the_fingerprint_is_that_of_the_frozen_base(tiny, adapted):
     with torch.no_grad():
         model.language_model.model.norm.weight[5] += 1e-6
     assert fingerprint(model) != first
+    rounded = model.bfloat16()
+    assert fingerprint(rounded) != fingerprint(copy.deepcopy(rounded).float())  # the same numbers in another dtype
 
 
 BAD = [

@@ -191,6 +191,20 @@ def test_two_runs_are_equal_and_two_steps_draw_other_bits():
     assert not equal(first, other)
 
 
+def test_each_step_draws_bits_of_its_own():
+    """With the same bits the same weights would move at every step, and the others never."""
+    weight = nn.Parameter(torch.ones(4096, dtype=BF16))
+    optimizer = MuonAdamW([("norm.weight", weight)], lr=2.0**-11, weight_decay=0.0)
+    moved = []
+    for _ in range(2):
+        weight.data.fill_(1)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved.append(weight != 1)
+    shares = [float(each.float().mean()) for each in (*moved, moved[0] & moved[1])]
+    assert shares == pytest.approx([1 / 8, 1 / 8, 1 / 64], abs=0.03)
+
+
 def test_float32_parameters_do_not_know_the_rounding():
     results = []
     for rounding in ("stochastic", "nearest", "master"):
