@@ -187,7 +187,7 @@ class Ours(Side):
         self.model = settings.model()
         self.model.set_kernels(instantiate(cfg.kernels))
         checkpoint_activations(self.model, cfg.activation_checkpointing)
-        balancing = Balancing(**cfg.router)
+        balancing: Balancing = instantiate(cfg.router)
         self.router = Router(self.model, balancing.bias_update_rate, balancing.aux_loss_weight)
         if cfg.lora is not None:
             add_lora(self.model, **instantiate(cfg.lora, _convert_="all"))

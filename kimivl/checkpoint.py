@@ -79,7 +79,11 @@ def check_init_from(stage: str, init_from: str | None, name: str) -> None:
     """
     previous = _PREVIOUS_STAGE.get(stage)
     named = "" if name == "digits" else f" name={name}"
-    remedy = f"make it with: python train.py stage={previous}{named}" if previous else "give a folder with a model"
+    remedy = (
+        f"make it with: python train.py stage={previous}{named}"
+        if previous
+        else "give a folder of this machine with a model"
+    )
     if init_from is None:
         if previous:
             raise ValueError(

@@ -113,6 +113,11 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
     for key in sorted(_PLANNED & set(cfg.trainer)):
         raise ValueError(f"trainer.{key}: the length of a run is planned from data.phases; set epochs there")
+    if str(cfg.trainer.get("precision")).startswith("16"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision}: fp16 has not the range for these gradients; use bf16-true or "
+            "bf16-mixed"
+        )
     _check_in_backward(cfg)
     # A group that `module` refers to is found there too: the shortest name is the one that a user types.
     for key, problem in sorted(check_targets(cfg), key=lambda mistake: mistake[0].count(".")):
@@ -160,7 +165,7 @@ def _check_target(node: DictConfig, path: str) -> Iterator[tuple[str, str]]:
             if not open_ended:
                 yield f"{path}.{name}", f"{node['_target_']} takes no such key; it takes {', '.join(parameters)}"
         elif not _accepts(parameters[name], node[name]):
-            yield f"{path}.{name}", f"{node[name]!r} is not a {_spell(parameters[name])}"
+            yield f"{path}.{name}", f"{node[name]!r} is not {_spell(parameters[name])}"
 
 
 def _locate(name: str) -> Any:
@@ -219,4 +224,11 @@ def _accepts(hint: Any, value: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return str(hint).replace("typing.", "") if typing.get_origin(hint) else str(getattr(hint, "__name__", hint))
+    """What a value must be, after "is not": "a float", "one of none, full", "a str or null"."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_spell(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "null"
+    return f"a {getattr(hint, '__name__', hint)}"

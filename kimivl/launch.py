@@ -10,12 +10,17 @@ import os
 from typing import Any
 
 
-def check_launch(devices: Any, num_nodes: Any) -> None:
-    """Refuse what would start, or is part of, a group of several ranks.
+def check_launch(devices: Any, num_nodes: Any, accelerator: Any = "auto") -> None:
+    """Refuse what would start, or is part of, a group of several ranks, and a device that is not there.
 
     Raises:
         ValueError: with what works instead.
     """
+    if accelerator in ("gpu", "cuda"):
+        import torch  # the launcher of a sweep imports this file, and needs no torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"trainer.accelerator={accelerator}: torch finds no CUDA device here; use trainer=cpu")
     if (devices, num_nodes) != (1, 1) or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             f"trainer.devices={devices} trainer.num_nodes={num_nodes}: a run trains on one device for now; set both to "

@@ -30,6 +30,13 @@ _MAY_DIFFER = {
     "ckpt_path",
     "callbacks",
     "logger",
+    # What runs out of memory, or lacks a kernel on another machine, goes on with others: equal up to rounding.
+    "activation_checkpointing",
+    "module.activation_checkpointing",
+    "kernels",
+    "module.kernels",
+    "rollout.max_rows",
+    "module.rollout.max_rows",
     "test",
     "data.num_workers",
     "data.max_dropped",
@@ -56,7 +63,7 @@ def run(cfg: DictConfig) -> float | None:
         cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
     check_init_from(cfg.stage, cfg.init_from, cfg.name)
     validate(cfg)
-    check_launch(cfg.trainer.devices, cfg.trainer.num_nodes)
+    check_launch(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.get("accelerator"))
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     check_memory(config, hydra_cfg.overrides.task)
     resume = _resume(output_dir, cfg.ckpt_path, config)
@@ -201,6 +208,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*your dataloader is not resumable.*",  # the loaders start at the right pack themselves
         ".*smaller than the logging interval.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation set: as the config says
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*LeafSpec.*is deprecated.*",

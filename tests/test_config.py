@@ -46,6 +46,10 @@ def test_data_on_the_command_line_wins_over_the_stage():
         ("trainer.max_epochz", 3, "trainer.max_epochz: lightning.pytorch.Trainer takes no such key"),
         ("module._target_", "kimivl.stages.rl.Nothing", "module._target_: kimivl.stages.rl.Nothing cannot be imported"),
         ("data.phases", [], "data.phases is empty"),
+        ("router.aux_loss_weight", "much", "router.aux_loss_weight: 'much' is not a float"),
+        ("activation_checkpointing", "some", "module.activation_checkpointing: 'some' is not one of none, full, selec"),
+        ("optimizer.state_dtype", "int8", "optimizer.state_dtype: 'int8' is not one of float32, bfloat16 or null"),
+        ("trainer.precision", "16-true", "trainer.precision=16-true: fp16 has not the range"),
     ],
 )
 def test_mistakes_are_named(key, value, message):

@@ -20,3 +20,10 @@ def test_a_rank_of_a_group_is_refused_too(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start train.py by itself"):
         check_launch(1, 1)
+
+
+def test_a_missing_device_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch finds no CUDA device here; use trainer=cpu"):
+        check_launch(1, 1, "gpu")
+    check_launch(1, 1, "cpu")

@@ -39,4 +39,4 @@ class Experts(Callback):
             for name, values in metrics.items():
                 figures |= {f"experts/{name}/layer_{n:02d}": value for n, value in enumerate(values, first)}
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+            logger.log_metrics(figures, step=trainer.global_step - 1)  # the row of the step's loss

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -33,10 +33,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-MODES = ("none", "full", "selective")
+Mode = Literal["none", "full", "selective"]
 
 
-def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
+def checkpoint_activations(model: PreTrainedModel, mode: Mode) -> None:
     """Choose what the decoder layers and the vision blocks of ``model`` keep; may be called again with another mode.
 
     It acts on training with gradients only: generation and log-probabilities without gradients run as they are.
@@ -44,8 +44,8 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     Raises:
         ValueError: for an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"activation_checkpointing={mode}: choose one of {', '.join(MODES)}")
+    if mode not in get_args(Mode):
+        raise ValueError(f"activation_checkpointing={mode}: choose one of {', '.join(get_args(Mode))}")
     for hook in vars(model).pop("_checkpointing_hooks", ()):
         hook.remove()
     run = _run_again

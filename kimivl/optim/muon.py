@@ -82,9 +82,9 @@ class MuonAdamW(Optimizer):
         adamw_eps: float = 1e-8,
         adamw_lr_ratio: float = 1.0,
         splits: Mapping[str, int] | None = None,
-        ns_dtype: str | None = None,
+        ns_dtype: Literal["float32", "bfloat16"] | None = None,
         rounding: Literal["stochastic", "nearest", "master"] = "stochastic",
-        state_dtype: str | None = None,
+        state_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
         _check(math.inf, lr=lr, weight_decay=weight_decay, adamw_eps=adamw_eps, adamw_lr_ratio=adamw_lr_ratio)
         _check(1, momentum=momentum, beta1=adamw_betas[0], beta2=adamw_betas[1])

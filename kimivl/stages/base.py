@@ -16,7 +16,7 @@ from torch import Tensor
 from kimivl.checkpoint import build_model
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
-from kimivl.model.checkpointing import checkpoint_activations
+from kimivl.model.checkpointing import Mode, checkpoint_activations
 from kimivl.model.lora import add_lora, check_lora, fingerprint, frozen_names
 from kimivl.model.router import Balancing, Router
 from kimivl.model.segment_attention import compute_dtype
@@ -42,7 +42,7 @@ class StageModule(LightningModule):
         init_from: folder of the model to start from.
         freeze: children of the model that do not train, for example ``vision_tower``.
         kernels: who computes attention, experts and loss.
-        router: ``bias_update_rate`` and ``aux_loss_weight`` of the experts' balancing.
+        router: balancing of the experts.
         activation_checkpointing: what the forward pass keeps for the backward pass.
         lora: ``rank``, ``alpha`` and ``targets`` of low-rank adapters, or None to train the parameters themselves.
     """
@@ -59,8 +59,8 @@ class StageModule(LightningModule):
         init_from: str | None = None,
         freeze: Sequence[str] = (),
         kernels: Kernels | None = None,
-        router: dict[str, float] | None = None,
-        activation_checkpointing: str = "none",
+        router: Balancing | None = None,
+        activation_checkpointing: Mode = "none",
         lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class StageModule(LightningModule):
         self.init_from = init_from
         self.freeze_parts = freeze
         self.kernels = kernels or Kernels()
-        self.balancing = Balancing(**(router or {}))
+        self.balancing = router or Balancing()
         self.activation_checkpointing = activation_checkpointing
         if lora is not None:
             check_lora(lora)

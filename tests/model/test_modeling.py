@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 
 from kimivl.model import Kernels, KimiVLForConditionalGeneration
-from kimivl.model.checkpointing import MODES, checkpoint_activations
+from kimivl.model.checkpointing import Mode, checkpoint_activations
 from kimivl.model.lora import TARGETS, add_lora
 from kimivl.model.modeling import positions_of_mask
 from kimivl.model.router import Router
@@ -111,7 +112,7 @@ def test_gradient_reaches_every_parameter(tiny, samples):
     assert not any(name.endswith("e_score_correction_bias") for name, _ in tiny.named_parameters())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_a_shared_image_equals_its_copies(tiny_config, make_sample, mode):
     """Responses to one problem refer to its pictures; values and gradients are those of copies."""
     torch.manual_seed(0)
