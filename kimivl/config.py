@@ -119,9 +119,10 @@ def validate(cfg: DictConfig) -> None:
             "bf16-mixed"
         )
     _check_in_backward(cfg)
-    # A group that `module` refers to is found there too: the shortest name is the one that a user types.
+    # What `module` refers to is found there too: the shortest name is the one that a user types.
     for key, problem in sorted(check_targets(cfg), key=lambda mistake: mistake[0].count(".")):
-        raise ValueError(f"{key}: {problem}")
+        own = key.removeprefix("module.")
+        raise ValueError(f"{own if own in cfg else key}: {problem}")
 
 
 def _check_in_backward(cfg: DictConfig) -> None:

@@ -47,7 +47,7 @@ def test_data_on_the_command_line_wins_over_the_stage():
         ("module._target_", "kimivl.stages.rl.Nothing", "module._target_: kimivl.stages.rl.Nothing cannot be imported"),
         ("data.phases", [], "data.phases is empty"),
         ("router.aux_loss_weight", "much", "router.aux_loss_weight: 'much' is not a float"),
-        ("activation_checkpointing", "some", "module.activation_checkpointing: 'some' is not one of none, full, selec"),
+        ("activation_checkpointing", "some", "activation_checkpointing: 'some' is not one of none, full, selec"),
         ("optimizer.state_dtype", "int8", "optimizer.state_dtype: 'int8' is not one of float32, bfloat16 or null"),
         ("trainer.precision", "16-true", "trainer.precision=16-true: fp16 has not the range"),
     ],

@@ -330,7 +330,7 @@ def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         (["nonsense=1"], "nonsense"),
         (["data.phases=[]"], "data.phases is empty"),
         (["stage=sft", "data.phases.0.max_length=null"], "data.phases.0.max_length"),
-        (["activation_checkpointing=half"], "activation_checkpointing=half"),
+        (["activation_checkpointing=half"], "activation_checkpointing: 'half' is not one of none, full, selective"),
         (["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
         (["model=kimi_vl_13b"], "kimi_vl_13b"),
         (["lora=attention", "lora.targets=[knees]"], "knees"),
