@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLImageProcessor, KimiVLProcessor
-from kimivl.model.lora import merged
 from kimivl.model.official_writing import sync
 from kimivl.model.tokenizer import load_tokenizer
 
@@ -113,8 +112,7 @@ def export_model(model: KimiVLForConditionalGeneration, processor: Any, folder: 
     shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
     fresh.mkdir(parents=True)
     try:
-        with merged(model):
-            model.save_pretrained(fresh)
+        model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
         for file in fresh.iterdir():
             sync(file)

@@ -17,8 +17,6 @@ _PRECISIONS = {
     "32": (4, 4),
     "bf16-mixed": (4, 2),
     "bf16-true": (2, 2),
-    "16-mixed": (4, 2),
-    "16-true": (2, 2),
 }
 PATCHES_PER_TOKEN = 4
 """Image patches of an image token: the most that a pack can hold for each of its tokens."""

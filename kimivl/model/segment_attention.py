@@ -69,6 +69,12 @@ def resolve(name: Attention, device: torch.device, dtype: torch.dtype) -> Attent
     return name
 
 
+def check_gradients(name: Attention, device: torch.device) -> None:
+    """ValueError where a kernel (not ``auto``) has no backward pass on a device."""
+    if name == "flex" and device.type == "cpu":
+        raise ValueError("kernels.attention=flex has no gradients on a CPU; use sdpa, or auto")
+
+
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool, kernel: Attention = "auto"
 ) -> Tensor:
@@ -134,8 +140,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool) -> Tensor:
     width = v.shape[-1]
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError("kernels.attention=flex has no gradients on a CPU; use sdpa, or auto")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        check_gradients("flex", q.device)
     if min(q.shape[-1], width) < _FLEX_MULTIPLE:
         q, k, v = _widen((q, k, v), _FLEX_MULTIPLE)
     if not math.isclose(factor := scale * math.sqrt(q.shape[-1]), 1.0):

@@ -19,7 +19,7 @@ from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import Mode, checkpoint_activations
 from kimivl.model.lora import add_lora, check_lora, fingerprint, frozen_names
 from kimivl.model.router import Balancing, Router
-from kimivl.model.segment_attention import compute_dtype
+from kimivl.model.segment_attention import check_gradients, compute_dtype
 from kimivl.optim import MuonAdamW, MuonAdamWInBackward, PhaseSchedule
 from kimivl.optim.clipping import clip_gradients
 from kimivl.rl.rewards import Reward
@@ -119,8 +119,7 @@ class StageModule(LightningModule):
         device = self.trainer.strategy.root_device
         with self.trainer.precision_plugin.forward_context():
             dtype = compute_dtype(torch.empty(0, device=device))
-        if self.kernels.resolve(device, dtype).attention == "flex" and device.type == "cpu":
-            raise ValueError("kernels.attention=flex has no gradients on a CPU; use sdpa, or auto")
+        check_gradients(self.kernels.resolve(device, dtype).attention, device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
@@ -156,8 +155,8 @@ class StageModule(LightningModule):
         in_backward = isinstance(optimizer, MuonAdamWInBackward)  # which takes one pack a step
         super().optimizer_step(epoch, batch_idx, optimizer, closure if in_backward else optimizer_closure)
         self.router.update_bias()
-        if (norm := getattr(optimizer, "grad_norm", None)) is not None:  # of MuonAdamWInBackward
-            self.log("train/grad_norm", norm, batch_size=1)
+        if in_backward:
+            self.log("train/grad_norm", optimizer.grad_norm, batch_size=1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Problems stay where they are: the rollout engine moves what it reads.
