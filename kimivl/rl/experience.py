@@ -1,4 +1,4 @@
-"""One RL iteration's data: collect responses and scores, and deal them into packs."""
+"""One RL iteration's data: responses with their scores, and how they are dealt into packs."""
 
 from __future__ import annotations
 
@@ -9,84 +9,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kimivl.data.pack import PackedBatch
-from kimivl.rl.objectives import mean_baseline
-from kimivl.rl.rewards import Reward, Scores
-from kimivl.rl.rollout import RolloutEngine, response_seed
-from kimivl.rl.types import Experience, Problem, Response, Sampling
+from kimivl.data.pack import IGNORE, EncodedSample, PackedBatch
+from kimivl.rl.objectives import Trajectories
+
+
+@dataclass(slots=True)
+class Experience:
+    """The responses of one iteration, as tensors and numbers only, so that a checkpoint can hold it.
+
+    ``problem (R,)`` index numbers; ``tokens (N,)`` and ``starts (R + 1,)`` the responses end to end; per token (N,):
+    ``ref_logp`` under the policy at the iteration's start, ``rollout_logp`` under the engine that drew it, ``weight``
+    in the loss; per response (R,): ``correct``, ``advantage``.
+    """
+
+    iteration: int
+    problem: Tensor
+    tokens: Tensor
+    starts: Tensor
+    correct: Tensor
+    advantage: Tensor
+    ref_logp: Tensor
+    rollout_logp: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.problem)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(R,) tokens of each response."""
+        return self.starts.diff()
+
+    def response(self, number: int) -> Tensor:
+        return self.tokens[self.starts[number] : self.starts[number + 1]]
 
 
 @dataclass(slots=True)
 class TrajectoryBatch:
-    """A pack of trajectories (prompt + response), and per segment what the objective needs.
-
-    ``advantage (S,)``, ``ref_logp (S,)``; ``step_responses`` counts the responses of the whole optimiser step.
-    """
+    """A pack of trajectories (prompt + response), and what the objective needs of them."""
 
     pack: PackedBatch
-    advantage: Tensor
-    ref_logp: Tensor
-    step_responses: int
+    trajectories: Trajectories
 
     def to(self, device: torch.device) -> TrajectoryBatch:
-        return TrajectoryBatch(
-            self.pack.to(device), self.advantage.to(device), self.ref_logp.to(device), self.step_responses
-        )
+        return TrajectoryBatch(self.pack.to(device), self.trajectories.to(device))
 
 
-def collect(
-    problems: Sequence[Problem],
-    engine: RolloutEngine,
-    reward: Reward,
-    sampling: Sampling,
-    *,
-    group: int,
-    iteration: int,
-    progress: float,
-    seed: int,
-) -> tuple[Experience, dict[str, float]]:
-    """Draw ``group`` responses to each problem and score them.
-
-    The reference log-probabilities are left at zero for whoever owns the policy to fill in.
-
-    Args:
-        progress: fraction of the run that is done, for the length reward's warm-up.
-
-    Returns:
-        The experience, and its figures: accuracy, lengths, rewards, the share of problems with a signal.
-    """
-    seeds = [[response_seed(seed, iteration, p.number, g) for g in range(group)] for p in problems]
-    responses = engine.generate([problem.prompt for problem in problems], seeds, sampling)
-    scores = [
-        reward.score(answers, problem.answer, progress) for problem, answers in zip(problems, responses, strict=True)
-    ]
-    flat = [response for answers in responses for response in answers]
-    rewards = torch.stack([score.total for score in scores])
-    experience = Experience(
-        iteration=iteration,
-        problem=torch.tensor([problem.number for problem in problems]).repeat_interleave(group),
-        tokens=torch.tensor([token for response in flat for token in response.tokens]),
-        starts=torch.tensor([0, *np.cumsum([len(response) for response in flat])]),
-        correct=torch.cat([score.correct for score in scores]),
-        advantage=mean_baseline(rewards).flatten(),
-        ref_logp=torch.zeros(len(flat)),
+def trajectory(prompt: EncodedSample, response: Tensor) -> EncodedSample:
+    """A prompt and a response as one sample, supervised on the response."""
+    ignored = torch.full_like(prompt.input_ids, IGNORE)
+    return EncodedSample(
+        input_ids=torch.cat([prompt.input_ids, response]),
+        labels=torch.cat([ignored, response]),
+        pixel_values=prompt.pixel_values,
+        image_grid_hws=prompt.image_grid_hws,
     )
-    return experience, _figures(scores, flat, engine)
-
-
-def _figures(scores: Sequence[Scores], responses: Sequence[Response], engine: RolloutEngine) -> dict[str, float]:
-    correct = torch.stack([score.correct for score in scores])
-    lengths = torch.stack([score.lengths for score in scores]).float()
-    return {
-        "rollout/accuracy": float(correct.mean()),
-        "rollout/length": float(lengths.mean()),
-        "rollout/length_max": float(lengths.max()),
-        "rollout/finished": sum(response.finished for response in responses) / len(responses),
-        "rollout/mixed_groups": float((correct.std(1, correction=0) > 0).float().mean()),
-        "reward/total": float(torch.stack([score.total for score in scores]).mean()),
-        "reward/length": float(torch.stack([score.length_reward for score in scores]).mean()),
-        "perf/rollout_tokens_per_s": engine.tokens_per_second,
-    }
 
 
 def deal(lengths: Tensor, problem: Tensor, steps: int, packs_per_step: int, seed: Sequence[int]) -> list[list[int]]:

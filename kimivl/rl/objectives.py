@@ -5,18 +5,67 @@ Source: Kimi k1.5 (arXiv 2501.12599) section 2.3.2, online policy mirror descent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
-def mean_baseline(rewards: Tensor) -> Tensor:
-    """(B, G) rewards -> (B, G) advantages ``r - mean r``: the group's mean stands for ``tau log Z``.
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """What one optimiser step holds, over all its packs and ranks: the denominators of the means."""
 
-    No division by the standard deviation. Worked example: [1, 1, 0, 0] -> [0.5, 0.5, -0.5, -0.5]; equal rewards
-    give zeros, and such a problem has no gradient at the reference.
+    responses: int
+    tokens: int
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectories:
+    """What an objective knows of the responses of one pack, beside their log-probabilities as they are now.
+
+    Attributes:
+        advantage (S,): of each response. segment (K,): the response that each token belongs to.
+        ref_logp (K,): log-probability of each token under the reference, the policy at the iteration's start, by the
+            trainer. rollout_logp (K,): under the engine that drew it; the same as ``ref_logp`` where it gave none.
+        weight (K,): what a token counts: 0 leaves it out (written by an earlier policy), 1 takes it in, and an
+            importance weight lies between.
+        response_tokens (S,): counted tokens of the whole response. group_tokens (S,): of all responses to its problem.
+        group_responses (S,): responses to its problem. counts: of the whole optimiser step.
     """
-    return rewards - rewards.mean(-1, keepdim=True)
+
+    advantage: Tensor
+    segment: Tensor
+    ref_logp: Tensor
+    rollout_logp: Tensor
+    weight: Tensor
+    response_tokens: Tensor
+    group_tokens: Tensor
+    group_responses: Tensor
+    counts: StepCounts
+
+    def to(self, device: torch.device) -> Trajectories:
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__ if name != "counts"}
+        return replace(self, **moved)
+
+    def sum_by_response(self, values: Tensor) -> Tensor:
+        """(K,) -> (S,)."""
+        return values.new_zeros(len(self.advantage)).index_add(0, self.segment, values)
+
+
+class Loss(NamedTuple):
+    """A pack's share of the loss of its optimiser step, and figures to log (means over the pack)."""
+
+    total: Tensor
+    figures: dict[str, Tensor]
+
+
+def mean_baseline(rewards: Tensor, group: Tensor) -> Tensor:
+    """(R,) rewards and (R,) group numbers 0..B-1 -> (R,) advantages ``r - mean r``: the group's mean stands for
+    ``tau log Z``."""
+    sums = rewards.new_zeros(int(group.max()) + 1).index_add(0, group, rewards)
+    return rewards - (sums / torch.bincount(group))[group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +83,13 @@ class MirrorDescent:
         if self.tau < 0:
             raise ValueError(f"objective.tau must not be negative, but is {self.tau}")
 
-    def __call__(self, logp: Tensor, ref_logp: Tensor, advantage: Tensor) -> Tensor:
-        """(R,) each -> the SUM of the losses of these responses; the caller divides by the responses of the step."""
-        return (-advantage * logp + 0.5 * self.tau * (logp - ref_logp).square()).sum()
+    def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """(R,) rewards, (R,) group numbers -> (R,) advantages."""
+        return mean_baseline(rewards, group)
+
+    def __call__(self, logp: Tensor, tokens: Trajectories) -> Loss:
+        """(K,) log-probabilities of the tokens as they are now -> the pack's share of the step's loss."""
+        summed = tokens.sum_by_response(logp * tokens.weight)
+        ratio = summed - tokens.sum_by_response(tokens.ref_logp * tokens.weight)
+        total = (-tokens.advantage * summed + 0.5 * self.tau * ratio.square()).sum() / tokens.counts.responses
+        return Loss(total, {"policy/log_ratio_squared": ratio.detach().square().mean()})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kimivl.data.chat import THINK_CLOSE
-from kimivl.rl.types import Response
+from kimivl.rl.types import Group, Problem, Response
 
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
@@ -79,34 +79,60 @@ class LengthReward:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """(G,) each: right or wrong, tokens, the weighted length reward, and the total."""
+class Verdict:
+    """``correct`` 0 or 1 (or between, where a verifier gives parts of a mark); NaN where the verifier failed, and
+    then ``failure`` is the reason it is counted under."""
 
-    correct: Tensor
-    lengths: Tensor
-    length_reward: Tensor
-    total: Tensor
+    correct: float
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """Of one group, (G,) each. ``correct`` is NaN where the verifier failed; ``parts`` are the weighted parts of the
+    reward by name, and ``total`` is their sum; ``failures`` counts verifier failures by reason."""
+
+    correct: Tensor
+    parts: dict[str, Tensor]
+    total: Tensor
+    failures: dict[str, int]
+
+
 class Reward:
-    """Scores the responses of one problem: ``r in {0, 1}`` from the final answer, plus the length reward.
+    """Scores responses: ``r in {0, 1}`` from the final answer, plus the length reward.
 
     Args:
         verifier: judges the text of the final answer. thinking: the answer stands after ``◁/think▷``.
     """
 
-    verifier: Verifier = boxed
-    length: LengthReward = LengthReward()
-    thinking: bool = True
+    def __init__(
+        self,
+        verifier: Verifier = boxed,
+        length: LengthReward = LengthReward(),
+        thinking: bool = True,  # noqa: B008
+    ) -> None:
+        self.verifier = verifier
+        self.length = length
+        self.thinking = thinking
 
-    def correct(self, response: Response, answer: str) -> bool:
-        text = answer_text(response, self.thinking)
-        return text is not None and self.verifier(text, answer)
+    def judge(self, answers: Sequence[tuple[Problem, Response]]) -> list[Verdict]:
+        """Right or wrong, for each pair of a problem and a response to it."""
+        verdicts = []
+        for problem, response in answers:
+            text = answer_text(response, self.thinking)
+            verdicts.append(Verdict(float(text is not None and self.verifier(text, problem.answer))))
+        return verdicts
 
-    def score(self, responses: Sequence[Response], answer: str, progress: float) -> Scores:
-        """``progress``: the fraction of the run that is done, for the length reward's warm-up."""
-        correct = torch.tensor([float(self.correct(response, answer)) for response in responses])
-        lengths = torch.tensor([len(response) for response in responses])
-        shaped = self.length.weight_at(progress) * self.length(lengths, correct)
-        return Scores(correct, lengths, shaped, correct + shaped)
+    def score(self, groups: Sequence[Group], progress: float) -> list[Scores]:
+        """``progress``: the fraction of the run that is done, for the length reward's schedule."""
+        verdicts = iter(self.judge([(group.problem, response) for group in groups for response in group.responses]))
+        scores = []
+        for group in groups:
+            correct = torch.tensor([next(verdicts).correct for _ in group.responses])
+            lengths = torch.tensor([len(response) for response in group.responses])
+            parts = {
+                "correct": correct,
+                "length": self.length.weight_at(progress) * self.length(lengths, correct),
+            }
+            scores.append(Scores(correct, parts, torch.stack(list(parts.values())).sum(0), {}))
+        return scores

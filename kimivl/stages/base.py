@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from kimivl.checkpoint import build_model
+from kimivl.checkpoint import build_model, export_model
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import Mode, checkpoint_activations
@@ -24,7 +24,7 @@ from kimivl.optim import MuonAdamW, MuonAdamWInBackward, PhaseSchedule
 from kimivl.optim.clipping import clip_gradients
 from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine
-from kimivl.rl.types import Problem, Response
+from kimivl.rl.types import Policy, Problem, Response
 from kimivl.stages.evaluation import Evaluation, Tally, Transcript
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class StageModule(LightningModule):
     Args:
         model: configuration of a fresh model; used where ``init_from`` is None.
         optimizer: named parameters -> optimiser.
-        rollout: keyword arguments model, decode, stop_id, pad_id, never -> rollout engine, for evaluation and RL.
+        rollout: policy -> rollout engine, for evaluation and RL.
         reward: judges responses; evaluation uses its verdict on the answer, never its length term.
         evaluation: how the held-out problems are answered.
         init_from: folder of the model to start from.
@@ -53,7 +53,7 @@ class StageModule(LightningModule):
         self,
         model: KimiVLConfig,
         optimizer: Callable[..., torch.optim.Optimizer],
-        rollout: Callable[..., RolloutEngine],
+        rollout: Callable[[Policy], RolloutEngine],
         reward: Reward,
         evaluation: Evaluation,
         init_from: str | None = None,
@@ -107,11 +107,14 @@ class StageModule(LightningModule):
         self.router = Router(self.model, self.balancing.bias_update_rate, self.balancing.aux_loss_weight)
         tokenizer = processor.tokenizer
         self.engine = self.make_rollout(
-            model=self.model,
-            decode=tokenizer.decode,
-            stop_id=self.datamodule.encoder.stop_id,
-            pad_id=tokenizer.pad_token_id,
-            never=[self.model.config.media_placeholder_token_id],
+            Policy(
+                model=self.model,
+                decode=tokenizer.decode,
+                stop_id=self.datamodule.encoder.stop_id,
+                pad_id=tokenizer.pad_token_id,
+                never=(self.model.media_id,),
+                export=lambda folder: export_model(self.model, processor, folder),
+            )
         )
 
     def _check_kernels(self) -> None:
@@ -179,9 +182,9 @@ class StageModule(LightningModule):
             self.log("train/aux_loss", loss.detach(), batch_size=1)
         return loss
 
-    def sequence_log_probs(self, pack: PackedBatch, temperature: float = 1.0) -> Tensor:
-        """(S,) log-probability of each segment's supervised tokens at ``temperature``, summed."""
-        return pack.sum_by_segment(self.model.target_log_probs(**pack.model_inputs(), temperature=temperature))
+    def target_log_probs(self, pack: PackedBatch, temperature: float = 1.0) -> Tensor:
+        """(K,) log-probability of each supervised token at ``temperature``."""
+        return self.model.target_log_probs(**pack.model_inputs(), temperature=temperature)
 
     # The time of training, over all the processes that a run was interrupted into.
 

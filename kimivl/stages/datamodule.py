@@ -197,15 +197,8 @@ class StageDataModule(LightningDataModule):
 
     def _read_problem(self, index: Index, number: int) -> Problem:
         sample = index.read(number)
-        parts = next(message for message in reversed(sample.messages) if message["role"] == "user")["content"]
-        return Problem(
-            number=number,
-            key=sample.key,
-            prompt=self.encoder.encode_prompt(sample, index.shard_of(number)),
-            question=" ".join("[image]" if part["type"] == "image" else part["text"] for part in parts),
-            answer=str(sample.answer),
-            difficulty=int(index.difficulty[number]),
-        )
+        prompt = self.encoder.encode_prompt(sample, index.shard_of(number))
+        return Problem(number, sample, prompt, int(index.difficulty[number]))
 
     def _held_out_loader(self, split: str) -> Any:
         shards = self.held_out[split]

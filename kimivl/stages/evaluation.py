@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine, response_seed
-from kimivl.rl.types import Problem, Response, Sampling
+from kimivl.rl.types import Problem, Request, Response, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +100,16 @@ class Evaluation:
         tally: Tally,
     ) -> None:
         """Answer and judge ``problems``, and add them to ``tally``."""
-        prompts = [problem.prompt for problem in problems]
-        zeros = [[0]] * len(problems)
-        greedy = engine.generate(prompts, zeros, Sampling(self.max_new_tokens, temperature=0))
-        for problem, (response,) in zip(problems, greedy, strict=True):
-            correct = reward.correct(response, problem.answer)
+        greedy = engine.generate([Request(problem, seed=0) for problem in problems], Sampling(self.max_new_tokens, 0))
+        verdicts = reward.judge(list(zip(problems, greedy, strict=True)))
+        for problem, response, verdict in zip(problems, greedy, verdicts, strict=True):
+            correct = verdict.correct == 1
             tally.add(problem.difficulty, response, correct, describe(response))
-            transcript = Transcript(problem, response.text, correct)
-            tally.keep(transcript, self.transcripts)
+            tally.keep(Transcript(problem, response.text, correct), self.transcripts)
         if self.samples == 0:
             return
-        seeds = [[response_seed(self.seed, p.number, g) for g in range(self.samples)] for p in problems]
-        sampled = engine.generate(prompts, seeds, Sampling(self.max_new_tokens))
-        for problem, responses in zip(problems, sampled, strict=True):
-            for response in responses:
-                tally.add_sampled(response, reward.correct(response, problem.answer))
+        requests = [Request(p, response_seed(self.seed, p.number, g)) for p in problems for g in range(self.samples)]
+        sampled = engine.generate(requests, Sampling(self.max_new_tokens))
+        pairs = [(request.problem, response) for request, response in zip(requests, sampled, strict=True)]
+        for (_, response), verdict in zip(pairs, reward.judge(pairs), strict=True):
+            tally.add_sampled(response, verdict.correct == 1)

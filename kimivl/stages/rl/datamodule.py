@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from kimivl.data.pack import pack_samples
-from kimivl.rl.experience import TrajectoryBatch, collect, deal
+from kimivl.rl.collect import Collector
+from kimivl.rl.experience import Experience, TrajectoryBatch, deal, trajectory
+from kimivl.rl.objectives import StepCounts, Trajectories
 from kimivl.rl.sampler import CurriculumSampler
-from kimivl.rl.types import Experience, Problem, Sampling, trajectory
+from kimivl.rl.types import Problem, Sampling
 from kimivl.stages.datamodule import StageDataModule
 
 
@@ -35,7 +38,7 @@ class RLDataModule(StageDataModule):
     """Asks the sampler for problems, the engine for responses, the reward for scores.
 
     Args:
-        sampler: (difficulty column) -> the sampler.
+        sampler: (columns of the index) -> the sampler.
         problems: problems of an iteration. responses: responses to each, k in the paper.
         updates: optimiser steps of an iteration.
         max_new_tokens: hard cap of a response. temperature: of the draw.
@@ -45,7 +48,7 @@ class RLDataModule(StageDataModule):
 
     def __init__(
         self,
-        sampler: Callable[[np.ndarray], CurriculumSampler],
+        sampler: Callable[[Mapping[str, np.ndarray]], CurriculumSampler],
         problems: int = 32,
         responses: int = 8,
         updates: int = 1,
@@ -69,7 +72,7 @@ class RLDataModule(StageDataModule):
         if hasattr(self, "sampler"):
             return
         super().setup(stage)
-        self.sampler = self.make_sampler(self.index.difficulty)
+        self.sampler = self.make_sampler({"difficulty": self.index.difficulty})
 
     def schedule_phases(self) -> list[dict[str, Any]]:
         return [{"steps": phase.epochs * self.updates, "lr": list(phase.lr)} for phase in self.phases]
@@ -94,55 +97,56 @@ class RLDataModule(StageDataModule):
         plugin = self.trainer.precision_plugin
         return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
-    def _read(self, numbers: np.ndarray) -> list[Problem]:
+    def _read(self, numbers: Sequence[int]) -> list[Problem]:
         """Read the problems of an iteration, once: its packs refer to them."""
-        problems = self.read_problems(self.index, numbers.tolist())
+        problems = self.read_problems(self.index, numbers)
         self._problems = {problem.number: problem for problem in problems}
         return problems
 
     def _read_again(self, experience: Experience) -> None:
         """After a resume: the problems that the checkpoint's experience answers."""
-        wanted = experience.problem.unique().numpy()
+        wanted = experience.problem.unique().tolist()
         if len(self._read(wanted)) < len(wanted):
             raise ValueError(
                 "problems that the checkpoint has responses to can no longer be read (see the warnings above): bring "
                 "back their shards, or start anew without ckpt_path"
             )
 
+    @property
+    def collector(self) -> Collector:
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        return Collector(
+            self.sampler,
+            self._read,
+            self.sampling,
+            module.objective.advantages,
+            problems=self.problems,
+            responses=self.responses,
+            seed=self.seed,
+        )
+
     def _collect(self, iteration: int) -> Experience:
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         progress = iteration / self.max_epochs
-        problems = self._read(self.sampler.sample(self.problems, iteration, progress))
-        numbers = np.array([problem.number for problem in problems])
-        experience, self.figures = collect(
-            problems,
-            module.engine,
-            module.reward,
-            self.sampling,
-            group=self.responses,
-            iteration=iteration,
-            progress=progress,
-            seed=self.seed,
-        )
-        success = experience.correct.reshape(-1, self.responses).mean(1).double().numpy()
-        self.sampler.update(numbers, success)
-        self.figures |= {
-            "sampler/ceiling": self.sampler.ceiling(progress),
-            "sampler/difficulty": float(self.index.difficulty[numbers].mean()),
-            "reward/length_weight": module.reward.length.weight_at(progress),
-        }
+        synced = module.engine.sync()
+        experience, figures, _ = self.collector.collect(module.engine, module.reward, iteration, progress)
         self.experience = experience
+        started = time.perf_counter()
         self._fill_reference(experience, module)
+        self.figures = figures | synced | {"perf/reference_s": time.perf_counter() - started}
         return experience
 
     @torch.no_grad()
     def _fill_reference(self, experience: Experience, module: Any) -> None:
-        """Log-probabilities of the responses under the policy as it stands, through the very packs of training."""
+        """Log-probabilities of the tokens under the policy as it stands, through the very packs of training."""
         packs = self._deal(experience)
         for number, members in enumerate(packs):
             pack = self._batch(packs, number).pack.to(module.device)
-            experience.ref_logp[members] = module.sequence_log_probs(pack, self.sampling.temperature).cpu()
+            places = torch.cat([torch.arange(*experience.starts[member : member + 2]) for member in members])
+            experience.ref_logp[places] = module.target_log_probs(pack, self.sampling.temperature).cpu()
+        experience.rollout_logp = experience.ref_logp.clone()
 
     def _deal(self, experience: Experience) -> list[list[int]]:
         assert self.trainer is not None
@@ -155,17 +159,30 @@ class RLDataModule(StageDataModule):
         assert self.trainer is not None and self.experience is not None
         experience, members = self.experience, packs[number]
         step = number - number % self.trainer.accumulate_grad_batches
-        of_step = packs[step : step + self.trainer.accumulate_grad_batches]
+        of_step = [member for pack in packs[step : step + self.trainer.accumulate_grad_batches] for member in pack]
         prompts = [self._problems[int(experience.problem[member])].prompt for member in members]
         samples = [
             trajectory(prompt, experience.response(member)) for prompt, member in zip(prompts, members, strict=True)
         ]
-        return TrajectoryBatch(
-            pack=pack_samples(samples),
+        places = torch.cat([torch.arange(*experience.starts[member : member + 2]) for member in members])
+        lengths = experience.lengths
+        same = experience.problem[members][:, None] == experience.problem[None]
+        trajectories = Trajectories(
             advantage=experience.advantage[members],
-            ref_logp=experience.ref_logp[members],
-            step_responses=sum(len(pack) for pack in of_step),
+            segment=torch.arange(len(members)).repeat_interleave(lengths[members]),
+            ref_logp=experience.ref_logp[places],
+            rollout_logp=experience.rollout_logp[places],
+            weight=experience.weight[places],
+            response_tokens=lengths[members],
+            group_tokens=(same * lengths).sum(1),
+            group_responses=same.sum(1),
+            counts=StepCounts(
+                responses=len(of_step),
+                tokens=int(lengths[of_step].sum()),
+                prompts=len(experience.problem[of_step].unique()),
+            ),
         )
+        return TrajectoryBatch(pack_samples(samples), trajectories)
 
     def state_dict(self) -> dict[str, Any]:
         """The iteration's experience and what the sampler has learned: a resume draws nothing again."""

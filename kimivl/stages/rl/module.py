@@ -6,20 +6,25 @@ reference of the iteration; the steps of the epoch are ordinary automatic optimi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from kimivl.optim import reset_state
 from kimivl.rl.experience import TrajectoryBatch
+from kimivl.rl.objectives import Loss, Trajectories
 from kimivl.stages.long_cot.module import LongCoTModule
 
 SHOWN = {"rollout/accuracy", "rollout/length", "perf/rollout_tokens_per_s"}
 """Figures of an iteration that the progress bar shows."""
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(log-probabilities, reference log-probabilities, advantages), (R,) each -> the sum of the losses."""
+
+class Objective(Protocol):
+    """See ``kimivl.rl.objectives``."""
+
+    def advantages(self, rewards: Tensor, group: Tensor) -> Tensor: ...
+
+    def __call__(self, logp: Tensor, tokens: Trajectories) -> Loss: ...
 
 
 class RLModule(LongCoTModule):
@@ -52,10 +57,12 @@ class RLModule(LongCoTModule):
 
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
         with self.router.record(batch.pack.cu_seqlens):
-            logp = self.sequence_log_probs(batch.pack, self.datamodule.sampling.temperature)
-        total = self.objective(logp, batch.ref_logp, batch.advantage)
-        drift = (logp.detach() - batch.ref_logp).square()
-        self.log("train/loss", total.detach() / batch.pack.num_samples, prog_bar=True, batch_size=1)
-        self.log("policy/log_ratio_squared", drift.mean(), batch_size=1)
-        self.log("policy/nll_per_token", -logp.detach().sum() / batch.pack.target_segments.numel(), batch_size=1)
-        return self.normalised(total, batch.step_responses) + self.auxiliary_loss()
+            logp = self.target_log_probs(batch.pack, self.datamodule.sampling.temperature)
+        loss, figures = self.objective(logp, batch.trajectories)
+        counts = batch.trajectories.counts
+        share = batch.pack.num_samples / counts.responses
+        self.log("train/loss", loss.detach() / share, prog_bar=True, batch_size=1)
+        self.log("policy/nll_per_token", -logp.detach().mean(), batch_size=1)
+        for name, value in figures.items():
+            self.log(name, value, batch_size=1)
+        return self.normalised(loss, 1) + self.auxiliary_loss()
