@@ -123,6 +123,13 @@ def export_model(model: KimiVLForConditionalGeneration, processor: Any, folder: 
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def describe_model(model: KimiVLForConditionalGeneration, processor: Any, folder: Path) -> None:
+    """Write what ``export_model`` writes, but the weights: for an engine that is sent them."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def put_back(folder: Path) -> None:
     """Bring back the folder of before, where an export was killed between the two renames of ``_replace``."""
     if (old := _set_aside(folder)).is_dir() and not folder.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -14,6 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, add, summary in (
         ("build", _add_build, "make shards of chats in JSON, JSONL, parquet or datasets folders"),
         ("index", _add_index, "index shards: count tokens and patches, find what cannot be used"),
+        ("synthesize", _add_synthesize, "long chains of thought for stage 2: ask a teacher, verify, check, choose"),
+        ("assess", _add_assess, "how often a model solves each problem of a set, and which answers can be guessed"),
         ("memory", _add_memory, "where each GB of a training run goes on one device, before anything starts"),
         ("audit", _add_audit, "prove from a run's files that each sample was used as planned"),
         ("report", _add_report, "table, summary.json and summary.png of the stages in a run folder"),
@@ -78,6 +81,105 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
             raise ValueError(str(error)) from error
         datamodule.setup("fit")
         print_index(datamodule.index, Console())
+        return 0
+
+    parser.set_defaults(call=call)
+
+
+def _add_synthesize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "problems", help="problems with answers: a folder of tars, a path with braces or globs, or a URL"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the responses, the shards and the report")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="the teacher: init_from=MODEL, or rollout=openai rollout.url=https://host/v1 rollout.model=NAME with "
+        "data.processor=MODEL of the student; synthesize.samples=8, synthesize.limit=100, "
+        "synthesize/prompts=[planning,thorough], synthesize.selection.keep=shortest (conf/synthesize/default.yaml)",
+    )
+    parser.epilog = (
+        "Every response is kept as it comes: interrupted, the same command asks for what is missing. With "
+        "synthesize.ask=false it sifts the responses again, with other checks."
+    )
+
+    def call(arguments: argparse.Namespace) -> int:
+        from hydra.errors import HydraException, InstantiationException
+        from hydra.utils import instantiate
+        from omegaconf.errors import OmegaConfBaseException
+        from rich.console import Console
+
+        from kimivl.config import compose_run, validate
+        from kimivl.synthesize.teacher import make_teacher
+
+        try:
+            cfg = compose_run("stage=rl", "sampler=uniform", "+synthesize=default", *arguments.overrides)
+            cfg.data.shards, cfg.data.prepare = arguments.problems, None
+            validate(cfg)
+            datamodule, reward, rollout, kernels, make = (
+                instantiate(node, _convert_="all")
+                for node in (cfg.data, cfg.reward, cfg.rollout, cfg.kernels, cfg.synthesize)
+            )
+        except InstantiationException as error:
+            raise ValueError(str(error.__cause__ or error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        datamodule.setup("fit")
+        student, trainer = datamodule.encoder, cfg.trainer
+        settings = (rollout, cfg.init_from, student, kernels, trainer.get("precision"), trainer.get("accelerator"))
+        teacher = partial(make_teacher, *settings)
+        make(datamodule.index, student, teacher, reward, arguments.out, Console()).run()
+        return 0
+
+    parser.set_defaults(call=call)
+
+
+def _add_assess(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", help="problems with answers: a folder of tars, a path with braces or globs, or a URL")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as of train.py stage=rl (init_from, rollout, reward, trainer, ...), and assess.samples=10, "
+        "assess.temperature=1.0, assess.guesses=8, assess.limit=1000, assess.anew=true (conf/assess/default.yaml)",
+    )
+    parser.epilog = (
+        "What it finds lies beside the shards, in assessed.jsonl and assessed.png; stage=rl can choose by it "
+        "(sampler.filter, sampler.curriculum.by=pass_rate). Interrupted, it goes on where it was."
+    )
+
+    def call(arguments: argparse.Namespace) -> int:
+        from hydra.errors import HydraException, InstantiationException
+        from hydra.utils import instantiate
+        from omegaconf.errors import OmegaConfBaseException
+        from rich.console import Console
+
+        from kimivl.assess.run import run_assess
+        from kimivl.checkpoint import check_init_from
+        from kimivl.config import compose_run, validate
+        from kimivl.inference import load_inference
+
+        try:
+            cfg = compose_run("stage=rl", "sampler=uniform", "+assess=default", *arguments.overrides)
+            cfg.data.shards, cfg.data.prepare = arguments.shards, None
+            check_init_from(cfg.stage, cfg.init_from, cfg.name)
+            validate(cfg)
+            datamodule, reward, rollout, kernels, make = (
+                instantiate(node, _convert_="all")
+                for node in (cfg.data, cfg.reward, cfg.rollout, cfg.kernels, cfg.assess)
+            )
+        except InstantiationException as error:
+            raise ValueError(str(error.__cause__ or error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        datamodule.setup("fit")
+        trainer = cfg.trainer
+        inference = load_inference(
+            cfg.init_from, rollout, kernels, trainer.get("precision"), trainer.get("accelerator")
+        )
+        read = partial(datamodule.read_problems, datamodule.index)
+        run_assess(datamodule.index, read, inference, reward, make, cfg.init_from, Console())
         return 0
 
     parser.set_defaults(call=call)

@@ -60,6 +60,8 @@ class TrainConfig:
     reward: Any = MISSING
     objective: Any = None
     sampler: Any = None
+    assess: Any = None
+    synthesize: Any = None
     logger: Any = None
     callbacks: Any = None
     paths: dict[str, str] = field(default_factory=dict)

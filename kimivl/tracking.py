@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
+from PIL import Image
 
 from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
 
@@ -87,11 +91,40 @@ def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
         logger.log_hyperparams(config)
 
 
-def log_transcripts(loggers: Sequence[Logger], name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A table of examples, to the loggers that have tables."""
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An encoded image (PNG, JPEG, WebP) as a cell of a table."""
+
+    data: bytes
+
+
+def shows_media(loggers: Sequence[Logger]) -> bool:
+    """Whether any logger can show tables, histograms and pictures; without one there is no need to make them."""
+    return any(isinstance(logger, WandbLogger) for logger in loggers)
+
+
+def log_transcripts(
+    loggers: Sequence[Logger], name: str, rows: Sequence[dict[str, Any]], step: int | None = None
+) -> None:
+    """A table of examples, to the loggers that have tables; a ``Picture`` is shown as one."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and rows:
-            logger.log_table(name, columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            cells = [[_cell(value) for value in row.values()] for row in rows]
+            logger.log_table(name, columns=list(rows[0]), data=cells, step=step)
+
+
+def _cell(value: Any) -> Any:
+    return wandb.Image(Image.open(io.BytesIO(value.data))) if isinstance(value, Picture) else value
+
+
+def log_histogram(
+    loggers: Sequence[Logger], name: str, values: np.ndarray, span: tuple[float, float], step: int | None = None
+) -> None:
+    """(n,) values between the ends of ``span`` as a histogram of 20 bins, to the loggers that have histograms."""
+    counted = np.histogram(values, 20, span)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_metrics({name: wandb.Histogram(np_histogram=counted)}, step)  # type: ignore[dict-item]
 
 
 def close(loggers: Sequence[Logger], status: str) -> None:

@@ -23,7 +23,7 @@ def test_stage_and_experiment(stage, experiment):
 
 
 GROUPS = ["kernels", "router", "lora", "model", "optimizer", "trainer", "logger", "callbacks", "debug", "sweep"]
-GROUPS += ["reward", "rollout"]
+GROUPS += ["reward", "rollout", "objective", "sampler"]
 
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])

@@ -57,8 +57,13 @@ def test_checkpoints_hold_tensors_and_primitives_only(root):
 
 def test_rl_logs_rollouts_rewards_and_speed(root):
     run = root / "miniature" / "rl"
+    phases = [f"perf/{phase}_s" for phase in ("generate", "score", "reference", "sync")]
     for name in ("rollout/accuracy", "rollout/length", "reward/total", "perf/rollout_tokens_per_s", "sampler/ceiling"):
         assert len(history(run, name)) == 2, name
+    assert all(len(history(run, name)) == 2 for name in phases)
+    for iteration in range(2):
+        rows = [json.loads(row) for row in (run / f"rollouts/{iteration:06d}.jsonl").read_text().splitlines()]
+        assert len(rows) == 8 and all(len(row["responses"]) == 4 for row in rows)
     assert history(run, "policy/log_ratio_squared")[0] == pytest.approx(0, abs=1e-6)  # the policy is its own reference
 
 

@@ -21,6 +21,9 @@ SHOWN = {
 }
 """What the bar says, in this order, of the metrics that a module marks with ``prog_bar``."""
 
+SAY_EVERY = 15.0
+"""Seconds between two lines about rollouts, where no bar shows them."""
+
 
 class Progress(ProgressBar):
     """Steps done of all steps, the main figures, the time gone and left.
@@ -37,6 +40,7 @@ class Progress(ProgressBar):
         self._started = 0.0
         self._first_step = 0
         self._every = self._total = 1
+        self._rollouts_since = self._said = time.perf_counter()
 
     def disable(self) -> None:
         self.console.quiet = True
@@ -67,6 +71,18 @@ class Progress(ProgressBar):
     def _describe(self, text: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, description=text)
+
+    def rollouts(self, done: int, total: int) -> None:
+        """Responses that are there, of those that the iteration has asked for; called by the RL datamodule."""
+        if self._bar is not None:
+            self._describe(f"{self.label} {done}/{total} responses" if done < total else self.label)
+            return
+        now = time.perf_counter()
+        if done == 0:
+            self._rollouts_since = self._said = now
+        elif now - self._said >= SAY_EVERY:
+            self._said = now
+            self._print(f"{self.label} rollouts {done}/{total}  {now - self._rollouts_since:.0f} s")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._describe(f"{self.label} validating")

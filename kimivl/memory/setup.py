@@ -95,8 +95,8 @@ class Setup:
         precision = str(trainer["precision"])
         if precision not in _PRECISIONS:
             raise ValueError(f"trainer.precision={precision}: the estimate knows {', '.join(_PRECISIONS)}")
-        accumulate = int(trainer["accumulate_grad_batches"])
         rollouts = _rollouts(cfg, prompt_tokens) if "problems" in data else None
+        accumulate = max(int(trainer["accumulate_grad_batches"]), _packs_of_update(data, rollouts))
         return cls(
             model=_model(cfg),
             numbers=Numbers(*_PRECISIONS[precision]),
@@ -176,6 +176,14 @@ def _experience_pack(
     images = -(-responses // data["responses"])
     most = images * prompt_tokens * PATCHES_PER_TOKEN
     return Pack(f"{responses} response{'s' * (responses > 1)}", tokens, most if patches is None else patches)
+
+
+def _packs_of_update(data: Mapping[str, Any], rollouts: Rollouts | None) -> int:
+    """Packs that an RL update takes so that none passes ``data.max_length``, with all responses at the cap."""
+    if rollouts is None or not data.get("max_length"):
+        return 1
+    responses = -(-data["problems"] * data["responses"] // data["updates"])
+    return math.ceil(responses / max(1, data["max_length"] // rollouts.tokens))
 
 
 def _rollouts(cfg: Mapping[str, Any], prompt_tokens: int) -> Rollouts:

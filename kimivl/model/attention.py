@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3Model
 
+from kimivl.model.cache import joined
 from kimivl.model.kernels import Attention
 from kimivl.model.lora import effective_weight
 from kimivl.model.segment_attention import compute_dtype, segment_attention
@@ -81,11 +82,12 @@ def _decode(
     query_nope, query_rot = query.squeeze(2).split([nope, query.shape[-1] - nope], dim=-1)
     absorbed = torch.bmm(query_nope.transpose(0, 1), weight_k).transpose(0, 1)  # (B, N, R)
     latent, key_rot = latent.squeeze(1), key_rot.squeeze(1)
-    # Written out: a fused kernel would want latents and rotary keys in one tensor, a copy of the cache.
-    scores = torch.bmm(absorbed, latent.transpose(1, 2)) + torch.bmm(query_rot, key_rot.transpose(1, 2))
+    # Written out: fused kernels are made for heads of up to 256 channels, and are no faster on a CPU.
+    keys = joined(latent, key_rot)
+    scores = torch.bmm(torch.cat((absorbed, query_rot.to(absorbed.dtype)), -1), keys.transpose(1, 2))
     scores = scores.float() * scaling  # (B, N, L)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask[:, 0], float("-inf"))
+        scores = torch.where(attention_mask[:, 0], scores, float("-inf"))
     mixed = torch.bmm(scores.softmax(-1).to(latent.dtype), latent).transpose(0, 1)  # (N, B, R)
     return torch.bmm(mixed, weight_v.transpose(1, 2)).transpose(0, 1).unsqueeze(1)
 

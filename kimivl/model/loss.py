@@ -28,10 +28,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # A block that stays in the cache between the passes over it; measured best of 1 to 64 MiB.
@@ -103,6 +105,31 @@ def linear_log_probs(
     if resolve(kernel, hidden.device, weight.dtype) == "liger" and len(hidden):
         return _liger_log_probs(hidden, weight, targets, temperature)
     return chunked_log_probs(hidden, weight, targets, temperature)
+
+
+def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(..., D) hidden states, (V, D) head -> (..., V) float32 logits: the products of `linear_log_probs`, unrounded.
+
+    What is drawn from them has the probabilities that training will find. Float64 stays float64.
+    """
+    dtype = _product_dtype(hidden, weight)
+    wide = torch.promote_types(dtype, torch.float32)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        dtype = wide  # that product has no derivative in every torch
+    with _no_autocast(hidden.device.type):
+        if dtype == wide:
+            return F.linear(hidden.to(wide), weight.to(wide))
+        logits = _product(hidden.flatten(0, -2).to(dtype), weight.to(dtype).t(), wide)
+    return logits.unflatten(0, hidden.shape[:-1])
+
+
+def make_logits_in_float32(head: nn.Linear) -> None:
+    """Let the vocabulary projection ``head`` return `linear_logits`."""
+    head.forward = MethodType(_logits_of_head, head)  # type: ignore[method-assign]
+
+
+def _logits_of_head(head: nn.Linear, hidden: Tensor) -> Tensor:
+    return linear_logits(hidden, head.weight)
 
 
 def _liger_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -18,16 +18,18 @@ from transformers import Cache, DeepseekV3ForCausalLM, DynamicCache, GenerationM
 from transformers.modeling_outputs import ModelOutput
 
 from kimivl.model.attention import SEGMENT_ATTENTION, install
-from kimivl.model.cache import decoding_cache
+from kimivl.model.cache import SlotCache, decoding_cache
 from kimivl.model.configuration import KimiVLConfig
 from kimivl.model.experts import implementation
 from kimivl.model.kernels import Kernels
-from kimivl.model.loss import linear_log_probs
+from kimivl.model.loss import linear_log_probs, make_logits_in_float32
 from kimivl.model.official import OfficialFormat
+from kimivl.model.processor import normalise
 from kimivl.model.projector import MultiModalProjector
+from kimivl.model.replay import check_routing, install_replay
 from kimivl.model.router import route_in_float32
 from kimivl.model.segments import Segments
-from kimivl.model.vision import MoonViT, normalise
+from kimivl.model.vision import MoonViT
 
 
 class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, GenerationMixin):
@@ -60,7 +62,9 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         self.media_id = config.media_placeholder_token_id
         self.kernels = Kernels()
         install(self.language_model.model)
+        install_replay(self.language_model.model)
         route_in_float32(self.language_model)
+        make_logits_in_float32(self.language_model.lm_head)
         self.post_init()
         self._keep_router_bias_in_float32()
 
@@ -155,7 +159,7 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> ModelOutput:
-        """Logits (B, L, V), or at `logits_to_keep` (the last n, or a 1-D index of positions) only.
+        """Logits (B, L, V) float32, or at `logits_to_keep` (the last n, or a 1-D index of positions) only.
 
         `cu_seqlens` (S + 1,): the row is a pack of S samples; attention is causal inside each, positions restart.
         Without it, rows are independent samples, padded as `attention_mask` (B, L) says; this is what generation
@@ -219,16 +223,21 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         image_grid_hws: Tensor | None = None,
         temperature: float = 1.0,
         image_order: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities (K,) float32 of the targets of a pack.
 
         `input_ids`, `targets` (T,): targets[t] is the token that position t predicts, or -100. The vocabulary
         projection is applied at the K target positions only. `image_order`: see `image_features`.
+        `experts` (T, MoE layers, experts per token): those to route to, -1 where the router decides; None: everywhere.
         """
         # first, since it waits for the device: later it would wait for the decoder too
         chosen = (targets != self.config.ignore_index).nonzero().squeeze(1)
         embeds = self.embed(input_ids[None], pixel_values, image_grid_hws, image_order)
         context = self._context(embeds, cu_seqlens, None, None, None, False)
+        if experts is not None:
+            check_routing(experts, len(input_ids), self.language_model.model)
+            context["routing"] = experts
         hidden = self.language_model.model(inputs_embeds=embeds, **context).last_hidden_state[0]
         return linear_log_probs(
             hidden.index_select(0, chosen),
@@ -239,6 +248,10 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         )
 
     # ---- generation -------------------------------------------------------------------------------------------
+
+    def slot_cache(self, slots: int) -> SlotCache:
+        """A cache for continuous batching: see `SlotCache`."""
+        return SlotCache(slots, len(self.language_model.model.layers))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

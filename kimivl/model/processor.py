@@ -7,6 +7,9 @@ square of patches becomes one token of the language model.
     1920 x 1080, limit 4096: 137 * 77 = 10549 patches -> scaled by 0.623 to 1196 x 672 -> padded to 1204 x 672
                              -> grid (h, w) = (48, 86) -> 1032 tokens
 
+This file travels with every model folder, as `processing_kimi_vl.py`: vLLM knows the model, but no processor of it, and
+loads the folder's own (`trust_remote_code`). So it imports nothing of kimivl.
+
 Legend: P patches, h w grid of an image in patches.
 """
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,11 +29,24 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
-from kimivl.model.vision import MAX_SIDE, normalise
-
 IMAGE_TOKEN = "<|media_pad|>"
+MAX_SIDE = 512  # patches; the 2-D RoPE of the reference has a table of this size
+
+CODE = "processing_kimi_vl.py"
+"""The name of this file in a model folder."""
+_AUTO_MAP = {"AutoImageProcessor": "KimiVLImageProcessor", "AutoProcessor": "KimiVLProcessor"}
 
 Resize = Literal["torch", "pil"]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    return pixels.to(torch.float32) / 127.5 - 1.0
+
+
+def _auto_map() -> dict[str, str]:
+    """Where transformers finds the classes when a folder is loaded without kimivl."""
+    return {auto: f"{CODE.removesuffix('.py')}.{name}" for auto, name in _AUTO_MAP.items()}
 
 
 class KimiVLImageProcessor(BaseImageProcessor):
@@ -51,7 +69,7 @@ class KimiVLImageProcessor(BaseImageProcessor):
         resize: Resize = "torch",
         **kwargs: Any,
     ) -> None:
-        kwargs.pop("auto_map", None)  # of the hub's own code, which is not needed and does not travel with a checkpoint
+        kwargs.pop("auto_map", None)  # `to_dict` writes its own: the hub's code is not needed, and does not travel
         super().__init__(**kwargs)
         if set(image_mean) | set(image_std) != {0.5} or not pad_input:
             raise ValueError("Kimi-VL's image processor has mean = std = 0.5 and pad_input = true")
@@ -64,6 +82,9 @@ class KimiVLImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.resize = resize
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"auto_map": _auto_map()}
 
     def settings(self) -> dict[str, Any]:
         """What decides an image's grid and patches."""
@@ -159,9 +180,15 @@ class KimiVLProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
-        """Write transformers' own files, and the official `preprocessor_config.json`, which other readers look for."""
+        """Write transformers' own files, the official `preprocessor_config.json`, and the code that reads them."""
         files = super().save_pretrained(save_directory, **kwargs)
-        return [*(files or []), *self.image_processor.save_pretrained(save_directory)]
+        code = Path(save_directory) / CODE
+        if not (code.exists() and code.samefile(__file__)):
+            shutil.copyfile(__file__, code)
+        return [*(files or []), *self.image_processor.save_pretrained(save_directory), str(code)]
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super().to_dict(*args, **kwargs) | {"auto_map": _auto_map()}
 
     def __call__(
         self,

@@ -16,10 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kimivl.model.configuration import MoonViTConfig
 from kimivl.model.kernels import Attention
+from kimivl.model.processor import MAX_SIDE
 from kimivl.model.segment_attention import segment_attention
 from kimivl.model.segments import Segments
 
-MAX_SIDE = 512  # patches; the 2-D RoPE of the reference has a table of this size
 _NORM_EPS = 1e-5
 _ROPE_THETA = 10000.0
 
@@ -183,11 +183,6 @@ class MoonViT(PreTrainedModel):
         elif isinstance(module, nn.Linear | nn.Conv2d):
             fan_in = module.weight[0].numel()
             nn.init.trunc_normal_(module.weight, std=math.sqrt(2 / fan_in))
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
-    return pixels.to(torch.float32) / 127.5 - 1.0
 
 
 def rope_2d(grids: list[tuple[int, int]], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,127 +1,265 @@
-"""Generation with the training model itself, through its KV cache (``rollout=hf``)."""
+"""Generation with the training model itself, through its KV cache (``rollout=hf``).
+
+Continuous batching: the rows of the cache are slots. A response that ends leaves its slot to the next request in the
+same step, so that a long response never holds the others; when no request is left, rows are closed up, so that it
+does not pay for them either. A step moves one small array to the device and waits for one back.
+
+Legend: R rows (slots) in use, L columns, V vocabulary, P prompts.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kimivl.data.pack import EncodedSample
-from kimivl.rl.rollout import RolloutEngine, sample_tokens, uniform
+from kimivl.data.pack import pack_samples
+from kimivl.rl.batching import Prefilled, Reading, Slots, Ticket, by_batch, next_reading, over_before
+from kimivl.rl.rollout import RolloutEngine, draw
 from kimivl.rl.types import Policy, Request, Response, Sampling, Stop
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Responses in flight: which one each row of the cache belongs to, and what the next step needs of it."""
-
-    slot: Tensor
-    mask: Tensor
-    token: Tensor
-    seeds: np.ndarray
-
-    def keep(self, rows: Tensor) -> _Rows:
-        return _Rows(self.slot[rows], self.mask[rows], self.token[rows], self.seeds[rows.cpu().numpy()])
 
 
 class HFRolloutEngine(RolloutEngine):
     """Rollouts by the training model: always in step with the trainer, no second copy of the weights.
 
-    Prompts are left-padded; each is read once, and its cache is repeated for its responses. Rows that have ended
-    leave the batch when a quarter of it has, so long responses do not pay for short ones.
+    Prompts are read in batches, each once, whatever the number of its responses; its cache is copied to the slots of
+    its responses when these start.
 
     Args:
-        policy: its model is put into eval mode while generating, and back.
+        policy: its model is in eval mode while a stream is read, and as it was before afterwards.
         max_rows: responses generated at one time; bounds the memory of the cache.
+        prefill_tokens: tokens of the prompts read at one time, padded; one prompt may be longer.
+        return_experts: keep the routed experts of every token, for router replay.
+
+    Raises:
+        ValueError: for settings out of range, or experts of a model that has none.
     """
 
-    def __init__(self, policy: Policy, max_rows: int = 256) -> None:
-        if max_rows < 1:
-            raise ValueError(f"rollout.max_rows must be at least 1, not {max_rows}")
+    def __init__(
+        self, policy: Policy, max_rows: int = 256, prefill_tokens: int = 8192, return_experts: bool = False
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, not {value}")
         self.policy = policy
         self.model = policy.model
         self.max_rows = max_rows
+        self.prefill_tokens = prefill_tokens
+        self.recorder = ExpertRecorder(self.model) if return_experts else None
+        self._never = self._index(policy.never)
+        self._counts = Counts()
+
+    def figures(self) -> dict[str, float]:
+        return self._counts.figures()
 
     @torch.no_grad()
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Response]]:
-        started, training, count = time.perf_counter(), self.model.training, 0
+        """See `RolloutEngine.stream`.
+
+        Raises:
+            ValueError: when the policy's logits are not numbers any more, or a budget is negative.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        counts = self._counts = Counts()
+        started = time.perf_counter()
+        self._never = self._never.to(self.device)
         self.model.eval()
         try:
-            for first in range(0, len(requests), self.max_rows):
-                chunk = requests[first : first + self.max_rows]
-                seeds = [request.seed for request in chunk]
-                for number, tokens in enumerate(self._generate([r.problem.prompt for r in chunk], 1, seeds, sampling)):
-                    count += len(tokens)
-                    yield first + number, self._response(tokens)
+            for number, response in self._run(requests, sampling, counts):
+                counts.seconds += time.perf_counter() - started
+                yield number, response
+                started = time.perf_counter()  # the time of who reads the stream is not the engine's
         finally:
-            self.model.train(training)
-        self.tokens_per_second = count / (time.perf_counter() - started)
+            for module, training in modes:
+                module.training = training
+            counts.seconds += time.perf_counter() - started
+            self.tokens_per_second = counts.tokens / max(counts.seconds, 1e-9)
 
-    def _response(self, tokens: list[int]) -> Response:
-        finished = bool(tokens) and tokens[-1] == self.policy.stop_id
-        stop: Stop = "stop" if finished else "length"
-        return Response(tuple(tokens), self.policy.decode(tokens[:-1] if finished else tokens), stop)
+    def _run(self, requests: Sequence[Request], sampling: Sampling, counts: Counts) -> Iterator[tuple[int, Response]]:
+        queue: deque[tuple[int, Request]] = deque()
+        over = [over_before(request, sampling, self.policy.stop_id) for request in requests]
+        for number, (request, reason) in enumerate(zip(requests, over, strict=True)):
+            if reason is None:
+                queue.append((number, request))
+            else:
+                nothing = np.full(len(request.prefix), np.nan, np.float32)
+                yield number, self._response(request.prefix, reason, nothing, None)
+        if not queue:
+            return
+        counts.slots = min(self.max_rows, len(queue))
+        slots = Slots(counts.slots, sampling, self.policy.stop_id, self.recorder.shape if self.recorder else None)
+        cache = self.model.slot_cache(counts.slots)
+        tickets: deque[Ticket] = deque()
+        while True:
+            self._fill(slots, cache, queue, tickets, counts)
+            if slots.live == 0:
+                return
+            for slot, reason in slots.advance(*self._step(slots, cache, counts)):
+                yield self._finish(slots, slot, reason)
 
-    def _generate(
-        self, prompts: Sequence[EncodedSample], group: int, seeds: list[int], sampling: Sampling
-    ) -> list[list[int]]:
-        logits, cache, mask = self._prefill(prompts)
-        if group > 1:
-            cache.batch_repeat_interleave(group)
-            logits, mask = (tensor.repeat_interleave(group, 0) for tensor in (logits, mask))
-        drawn: list[list[int]] = [[] for _ in seeds]
-        slot = torch.arange(len(seeds), device=mask.device)
-        rows = _Rows(slot, mask, torch.zeros_like(slot), np.array(seeds, np.uint64))
-        running = torch.ones(len(seeds), dtype=torch.bool, device=mask.device)
-        for position in range(sampling.max_new_tokens):
-            logits[:, list(self.policy.never)] = float("-inf")
-            rows.token = sample_tokens(logits, sampling.temperature, uniform(rows.seeds, position))
-            slots = zip(rows.slot.tolist(), rows.token.tolist(), running.tolist(), strict=True)
-            for number, token, active in slots:
-                if active:
-                    drawn[number].append(token)
-            running = running & (rows.token != self.policy.stop_id)
-            alive = int(running.sum())
-            if alive == 0 or position + 1 == sampling.max_new_tokens:
-                break
-            if alive <= 0.75 * len(running):
-                kept = running.nonzero().squeeze(1)
-                cache.batch_select_indices(kept)
-                rows, running = rows.keep(kept), running[kept]
-            logits = self._step(rows, cache)
-        return drawn
+    # ---- taking in --------------------------------------------------------------------------------------------
 
-    def _prefill(self, prompts: Sequence[EncodedSample]) -> tuple[Tensor, Any, Tensor]:
-        """Read the prompts: logits of the next token (B, V), their cache, and the mask of real tokens (B, L)."""
-        device = next(self.model.parameters()).device
-        length = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), length), self.policy.pad_id)
+    def _fill(
+        self, slots: Slots, cache: Any, queue: deque[tuple[int, Request]], tickets: deque[Ticket], counts: Counts
+    ) -> None:
+        """Put the next requests into the free slots; close up the rows for which there is none."""
+        admitted = []
+        while slots.free and (queue or tickets):
+            if not tickets:
+                tickets.extend(self._read(next_reading(queue, self.prefill_tokens), counts))
+            ticket = tickets.popleft()
+            admitted.append((slots.admit(ticket), ticket))
+        for batch, targets, rows, length in by_batch(admitted):
+            if length:
+                cache.admit(self._index(targets), batch.cache, self._index(rows), length)
+        if slots.holes:
+            sources, targets = slots.close_holes()
+            if sources:
+                cache.move(self._index(sources), self._index(targets), int(slots.length[targets].max()))
+
+    def _read(self, reading: Reading, counts: Counts) -> list[Ticket]:
+        """Prefill: read all but the last token of each sequence, which its responses are fed first."""
+        lengths = [len(ids) - 1 for ids in reading.sequences]
+        counts.prefill_tokens += sum(lengths)
+        batch = self._prefill(reading, lengths) if max(lengths) else Prefilled(None, None)
+        return [Ticket(n, request, reading.sequences[row], batch, row) for n, request, row in reading.requests]
+
+    def _prefill(self, reading: Reading, lengths: list[int]) -> Prefilled:
+        width = max(lengths)
+        ids = torch.full((len(lengths), width), self.policy.pad_id)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = prompt.input_ids
-            mask[row, length - len(prompt) :] = 1
-        output = self.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
-            image_grid_hws=torch.cat([prompt.image_grid_hws for prompt in prompts]).to(device),
-            use_cache=True,
-            logits_to_keep=1,
+        for row, (length, sequence) in enumerate(zip(lengths, reading.sequences, strict=True)):
+            ids[row, width - length :] = torch.from_numpy(sequence[:length])
+            mask[row, width - length :] = 1
+        images = pack_samples(reading.prompts)  # an image of several sequences goes through the vision tower once
+        embeds = self.model.embed(
+            ids.to(self.device),
+            images.pixel_values.to(self.device),
+            images.image_grid_hws.to(self.device),
+            images.image_order,
         )
-        return output.logits[:, -1], output.past_key_values, mask.to(device)
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask.to(self.device), "use_cache": True}
+        if self.recorder is None:
+            return Prefilled(self.model(**inputs, logits_to_keep=1).past_key_values, None)
+        with self.recorder as record:
+            cache = self.model(**inputs, logits_to_keep=1).past_key_values
+        return Prefilled(cache, record.taken().reshape(len(lengths), width, *self.recorder.shape[0]))
 
-    def _step(self, rows: _Rows, cache: Any) -> Tensor:
-        """Feed each row's last token: (rows, V) logits of the next one."""
-        rows.mask = torch.cat([rows.mask, torch.ones_like(rows.mask[:, :1])], 1)
-        output = self.model(
-            input_ids=rows.token[:, None],
-            attention_mask=rows.mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.logits[:, -1]
+    # ---- a step -----------------------------------------------------------------------------------------------
+
+    def _step(self, slots: Slots, cache: Any, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Feed each row's last token and draw the next: token ids (R,), log-probabilities (R,), experts (R, ...)."""
+        counts.steps += 1
+        counts.tokens += slots.live
+        width = int(slots.length[: slots.live].max()) + 1
+        state = torch.from_numpy(slots.state()).to(self.device, non_blocking=True)
+        tokens, lengths = state[:2].long()
+        cache.step(slots.live, width)
+        # All rows end at the same column, the last: a row's tokens are the last ones of the window.
+        columns = torch.arange(width - 1, -1, -1, device=self.device)
+        inputs = {
+            "input_ids": tokens[:, None],
+            "attention_mask": (columns <= lengths[:, None])[:, None, None],
+            "position_ids": lengths[:, None],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if self.recorder is None:
+            logits, experts = self.model(**inputs).logits[:, -1], None
+            return *self._draw(logits, slots.sampling.temperature, state[2]), experts
+        with self.recorder as record:
+            logits = self.model(**inputs).logits[:, -1]
+        return *self._draw(logits, slots.sampling.temperature, state[2]), record.taken()
+
+    def _draw(self, logits: Tensor, temperature: float, draws: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        tokens, logp = draw(logits, temperature, draws, self._never)
+        # Together, so that the host waits once; float64 holds every id.
+        drawn, logps = torch.stack((tokens.double(), logp.double())).cpu().numpy()
+        if np.isnan(logps).any():
+            raise ValueError("the policy's logits are NaN: its weights have diverged; go back to an earlier checkpoint")
+        return drawn.astype(np.int64), logps.astype(np.float32)
+
+    # ---- handing out ------------------------------------------------------------------------------------------
+
+    def _finish(self, slots: Slots, slot: int, reason: Stop) -> tuple[int, Response]:
+        ticket, count = slots.leave(slot), int(slots.count[slot])
+        experts = None
+        if slots.experts is not None:
+            drawn = slots.experts[slot, len(ticket.request.prefix) : count]
+            read = ticket.batch.experts
+            length = len(ticket.ids) - 1
+            experts = drawn.copy() if read is None else np.concatenate([read[ticket.row, -length:][:length], drawn])
+        tokens = slots.tokens[slot, :count].tolist()
+        return ticket.number, self._response(tokens, reason, slots.logp[slot, :count].copy(), experts)
+
+    def _response(self, tokens: Sequence[int], reason: Stop, logp: np.ndarray, experts: np.ndarray | None) -> Response:
+        text = self.policy.decode(list(tokens[:-1] if reason == "stop" else tokens))
+        return Response(tuple(tokens), text, reason, logp, experts)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+class Counts:
+    """What a stream has done so far.
+
+    ``tokens`` drawn, ``steps`` of decoding, ``prefill_tokens`` read of prompts and prefixes, ``slots``, ``seconds``.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = self.steps = self.prefill_tokens = self.slots = 0
+        self.seconds = 0.0
+
+    def figures(self) -> dict[str, float]:
+        rows = self.tokens / max(self.steps, 1)
+        return {
+            "perf/rollout_tokens_per_s": self.tokens / max(self.seconds, 1e-9),
+            "perf/rollout_tokens": float(self.tokens),
+            "perf/rollout_steps": float(self.steps),
+            "perf/rollout_rows": rows,
+            "perf/rollout_slot_use": rows / max(self.slots, 1),
+            "perf/prefill_tokens": float(self.prefill_tokens),
+        }
+
+
+class ExpertRecorder:
+    """The experts that the model's routers choose, while it is entered as a context.
+
+    ``shape``: (MoE layers, experts per token), and the dtype that holds an expert's number.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # By name: the room of RL does not know the model's classes.
+        self.gates: list[Any] = [gate for gate in model.modules() if type(gate).__name__.endswith("TopkRouter")]
+        if not self.gates:
+            raise ValueError("rollout.return_experts=true, but the model has no routed experts: leave it false")
+        gate = self.gates[0]
+        dtype = np.dtype(np.uint8 if gate.num_experts <= 256 else np.int16)
+        self.shape = ((len(self.gates), int(gate.top_k)), dtype)
+        self._chosen: list[Tensor] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> ExpertRecorder:
+        self._chosen = []
+        self._hooks = [gate.register_forward_hook(self._keep) for gate in self.gates]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, gate: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+        self._chosen.append(outputs[2])
+
+    def taken(self) -> np.ndarray:
+        """(tokens, MoE layers, experts per token) of the forward pass inside."""
+        return torch.stack(self._chosen, 1).cpu().numpy().astype(self.shape[1])

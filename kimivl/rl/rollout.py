@@ -38,6 +38,10 @@ class RolloutEngine(ABC):
         """Take over the weights of the trainer; returns figures of it to log. Nothing to do where they are shared."""
         return {}
 
+    def figures(self) -> dict[str, float]:
+        """Of the last ``generate`` or ``stream``, for the log."""
+        return {"perf/rollout_tokens_per_s": self.tokens_per_second}
+
     def close(self) -> None:  # noqa: B027  most engines hold nothing
         """Free what the engine holds; it is not used afterwards."""
 
@@ -47,21 +51,36 @@ def response_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def uniform(seeds: np.ndarray, position: int) -> np.ndarray:
+def uniform(seeds: np.ndarray, position: int | np.ndarray) -> np.ndarray:
     """One uniform number in [0, 1) per seed and token position (the splitmix64 finaliser)."""
     with np.errstate(over="ignore"):
-        x = seeds.astype(np.uint64) + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
+        place = np.asarray(position).astype(np.uint64) + np.uint64(1)
+        x = seeds.astype(np.uint64) + place * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def sample_tokens(logits: Tensor, temperature: float, draws: np.ndarray) -> Tensor:
-    """(rows, V) logits -> (rows,) token ids; ``draws`` (rows,) uniform numbers. Temperature 0 takes the largest."""
+def draw(logits: Tensor, temperature: float, draws: Tensor, never: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token from each row of (rows, V) logits: its id (rows,) and its log-probability (rows,) float32.
+
+    The log-probability is that under the model at ``temperature``, which is what the trainer computes: ids that are
+    ``never`` drawn count in it, although the draw is from the others. At temperature 0 the most likely token is taken,
+    and its log-probability is that at temperature 1.
+
+    Args:
+        draws: (rows,) float64 uniform numbers. never: ids.
+    """
+    scaled = logits.float() / (temperature or 1.0)
+    total = scaled.logsumexp(-1, keepdim=True)
     if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-    # The last value differs from one by rounding: scaling by it keeps every draw inside.
-    threshold = torch.from_numpy(draws).to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
+        tokens = scaled.index_fill(1, never, float("-inf")).argmax(-1, keepdim=True)
+    else:
+        # Summed in float64: in float32 the sum of a large vocabulary would lose the unlikely tokens.
+        cumulative = (scaled - total).exp_().index_fill_(1, never, 0.0).cumsum(-1, dtype=torch.float64)
+        end = cumulative[:, -1:]
+        # Below the end, so that the token found is one with a share of its own even where the product rounds up.
+        threshold = torch.minimum(draws[:, None] * end, end.nextafter(torch.zeros_like(end)))
+        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_max(logits.shape[-1] - 1)
+    return tokens.squeeze(1), (scaled.gather(1, tokens) - total).squeeze(1)

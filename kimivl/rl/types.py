@@ -120,6 +120,8 @@ class Policy:
         decode: token ids -> text. stop_id: ``<|im_end|>``. pad_id: any valid id, never attended to.
         never: ids that are not to be drawn; a drawn image placeholder would have no image in training.
         export: writes the model with its processor into a folder, in the official format.
+        describe: writes the same folder without the weights, for engines that are sent them.
+        encode: text -> token ids, for engines that are answered in text.
     """
 
     model: Any
@@ -128,3 +130,5 @@ class Policy:
     pad_id: int
     never: tuple[int, ...] = ()
     export: Callable[[Path], None] | None = None
+    describe: Callable[[Path], None] | None = None
+    encode: Callable[[str], Sequence[int]] | None = None

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from kimivl.checkpoint import build_model, export_model
+from kimivl.checkpoint import build_model, describe_model, export_model
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import Mode, checkpoint_activations
@@ -114,6 +114,7 @@ class StageModule(LightningModule):
                 pad_id=tokenizer.pad_token_id,
                 never=(self.model.media_id,),
                 export=lambda folder: export_model(self.model, processor, folder),
+                describe=lambda folder: describe_model(self.model, processor, folder),
             )
         )
 
@@ -182,9 +183,9 @@ class StageModule(LightningModule):
             self.log("train/aux_loss", loss.detach(), batch_size=1)
         return loss
 
-    def target_log_probs(self, pack: PackedBatch, temperature: float = 1.0) -> Tensor:
-        """(K,) log-probability of each supervised token at ``temperature``."""
-        return self.model.target_log_probs(**pack.model_inputs(), temperature=temperature)
+    def target_log_probs(self, pack: PackedBatch, temperature: float = 1.0, experts: Tensor | None = None) -> Tensor:
+        """(K,) log-probability of each supervised token at ``temperature``; ``experts``: those to go through."""
+        return self.model.target_log_probs(**pack.model_inputs(), temperature=temperature, experts=experts)
 
     # The time of training, over all the processes that a run was interrupted into.
 
@@ -249,6 +250,7 @@ class StageModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.tally = Tally()
+        self.engine.sync()  # the model is evaluated as it stands
 
     def validation_step(self, problems: list[Problem], batch_idx: int) -> None:
         self.evaluation.run(problems, self.engine, self.reward, self.describe, self.tally)
@@ -257,7 +259,7 @@ class StageModule(LightningModule):
         self._log_tally("val")
 
     def on_test_epoch_start(self) -> None:
-        self.tally = Tally()
+        self.on_validation_epoch_start()
 
     def test_step(self, problems: list[Problem], batch_idx: int) -> None:
         self.validation_step(problems, batch_idx)

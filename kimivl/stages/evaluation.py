@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kimivl.rl.rewards import Reward
+from kimivl.rl.rewards import Reward, Verdict
 from kimivl.rl.rollout import RolloutEngine, response_seed
 from kimivl.rl.types import Problem, Request, Response, Sampling
 
@@ -46,6 +46,10 @@ class Tally:
         self.sums["sampled_correct"] += correct
         self.sums["sampled_length"] += len(response)
 
+    def add_failures(self, verdicts: Sequence[Verdict]) -> None:
+        """Count the responses that the verifier failed on; in the figures these are not right."""
+        self.sums["verifier_failures"] += sum(verdict.failure is not None for verdict in verdicts)
+
     def keep(self, transcript: Transcript, limit: int) -> None:
         """Keep up to ``limit`` examples, of different difficulties where there are as many."""
         seen = {kept.problem.difficulty for kept in self._examples}
@@ -63,6 +67,7 @@ class Tally:
             "length": self.sums["length"] / problems,
             "finished": self.sums["finished"] / problems,
             "problems": self.sums["problems"],
+            "verifier_failures": self.sums["verifier_failures"],
         }
         if self.sums["responses"]:
             figures["sampled_accuracy"] = self.sums["sampled_correct"] / responses
@@ -102,6 +107,7 @@ class Evaluation:
         """Answer and judge ``problems``, and add them to ``tally``."""
         greedy = engine.generate([Request(problem, seed=0) for problem in problems], Sampling(self.max_new_tokens, 0))
         verdicts = reward.judge(list(zip(problems, greedy, strict=True)))
+        tally.add_failures(verdicts)
         for problem, response, verdict in zip(problems, greedy, verdicts, strict=True):
             correct = verdict.correct == 1
             tally.add(problem.difficulty, response, correct, describe(response))
@@ -111,5 +117,7 @@ class Evaluation:
         requests = [Request(p, response_seed(self.seed, p.number, g)) for p in problems for g in range(self.samples)]
         sampled = engine.generate(requests, Sampling(self.max_new_tokens))
         pairs = [(request.problem, response) for request, response in zip(requests, sampled, strict=True)]
-        for (_, response), verdict in zip(pairs, reward.judge(pairs), strict=True):
+        verdicts = reward.judge(pairs)
+        tally.add_failures(verdicts)
+        for (_, response), verdict in zip(pairs, verdicts, strict=True):
             tally.add_sampled(response, verdict.correct == 1)

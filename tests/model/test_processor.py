@@ -10,8 +10,8 @@ from sklearn.datasets import load_sample_images
 from transformers import AutoProcessor
 
 from kimivl.model import KimiVLImageProcessor, KimiVLProcessor
+from kimivl.model.processor import normalise
 from kimivl.model.tokenizer import train_tokenizer
-from kimivl.model.vision import normalise
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -1,151 +1,63 @@
-"""Generation: the same seed gives the same response however prompts are batched, with the right probabilities."""
+"""The randomness of responses, and the draw of a token from logits."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 
-from kimivl.data.pack import IGNORE, EncodedSample, pack_samples
-from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration
-from kimivl.rl.rollout import HFRolloutEngine, response_seed, sample_tokens, uniform
-from kimivl.rl.types import Sampling, trajectory
+from kimivl.rl.rollout import draw, response_seed, uniform
 
-STOP, MEDIA, VOCABULARY = 9, 5, 40
-CONFIG = {
-    "vocab_size": VOCABULARY,
-    "media_placeholder_token_id": MEDIA,
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "init_pos_emb_height": 4,
-        "init_pos_emb_width": 4,
-    },
-    "text_config": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "initializer_range": 0.4,
-    },
-}
+NEVER = torch.zeros(0, dtype=torch.int64)
 
 
-def prompts() -> list[EncodedSample]:
-    """Three prompts of different lengths: with one image, with none, with two."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for words, grids in [(6, [(2, 4)]), (3, []), (11, [(2, 2), (4, 2)])]:
-        text = torch.randint(10, VOCABULARY, (words,), generator=generator)
-        image_tokens = sum(height * width // 4 for height, width in grids)
-        patches = sum(height * width for height, width in grids)
-        ids = torch.cat([text[:2], torch.full((image_tokens,), MEDIA), text[2:]])
-        made.append(
-            EncodedSample(
-                input_ids=ids,
-                labels=torch.full_like(ids, IGNORE),
-                pixel_values=torch.randint(0, 256, (patches, 3, 14, 14), generator=generator, dtype=torch.uint8),
-                image_grid_hws=torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),
-            )
-        )
-    return made
+def drawn(logits, temperature, draws, never=NEVER):
+    return draw(logits, temperature, torch.as_tensor(draws, dtype=torch.float64), never)
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return KimiVLForConditionalGeneration(KimiVLConfig(**CONFIG)).eval()
-
-
-@pytest.fixture
-def engine(model):
-    return HFRolloutEngine(model, decode=str, stop_id=STOP, pad_id=0)
-
-
-def seeds(count, group):
-    return [[response_seed(7, problem, sample) for sample in range(group)] for problem in range(count)]
-
-
-def tokens(groups):
-    return [[response.tokens for response in group] for group in groups]
-
-
-def test_batching_changes_nothing(model, engine):
-    sampling, batch = Sampling(20), prompts()
-    together = tokens(engine.generate(batch, seeds(len(batch), 4), sampling))
-    alone = [tokens(engine.generate([p], [s], sampling))[0] for p, s in zip(batch, seeds(len(batch), 4), strict=True)]
-    small = HFRolloutEngine(model, decode=str, stop_id=STOP, pad_id=0, max_rows=5)
-    assert together == alone == tokens(small.generate(batch, seeds(len(batch), 4), sampling))
-    assert len({response for group in together for response in group}) > len(batch)
-
-
-def test_greedy_is_the_argmax_of_the_packed_model(model, engine):
-    """Each token is the most likely one of a plain forward pass over all that precedes it, images included."""
-    for prompt, (response,) in zip(
-        prompts(), engine.generate(prompts(), [[0]] * len(prompts()), Sampling(12, temperature=0)), strict=True
-    ):
-        sample = trajectory(prompt, torch.tensor(response.tokens))
-        pack = pack_samples([sample])
-        logits = model(
-            input_ids=pack.input_ids[None],
-            cu_seqlens=pack.cu_seqlens,
-            pixel_values=pack.pixel_values,
-            image_grid_hws=pack.image_grid_hws,
-        ).logits[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(response.tokens)
-
-
-def test_responses_end_at_the_stop_token_or_the_cap(engine):
-    groups = engine.generate(prompts(), seeds(len(prompts()), 16), Sampling(30))
-    responses = [response for group in groups for response in group]
-    assert any(response.finished for response in responses)
-    for response in responses:
-        assert STOP not in response.tokens[:-1]
-        assert response.finished == (response.tokens[-1] == STOP)
-        assert response.finished or len(response) == 30
-    assert engine.tokens_per_second > 0
-
-
-def test_an_image_placeholder_is_never_drawn(model):
-    engine = HFRolloutEngine(model, decode=str, stop_id=STOP, pad_id=0, never=[MEDIA, 11])
-    groups = engine.generate(prompts(), seeds(3, 64), Sampling(30))
-    drawn = {token for group in groups for response in group for token in response.tokens}
-    assert not drawn & {MEDIA, 11} and {10, 12} <= drawn
-
-
-def test_only_responses_are_supervised():
-    prompt = prompts()[0]
-    sample = trajectory(prompt, torch.tensor([3, 4]))
-    assert [label for label in sample.labels.tolist() if label != IGNORE] == [3, 4]
-
-
-def test_draws_follow_the_distribution():
+@pytest.mark.parametrize(("temperature", "shares"), [(1.0, [0.5, 0.2, 0.0, 0.3]), (0.5, [25 / 38, 4 / 38, 0, 9 / 38])])
+def test_draws_follow_the_distribution(temperature, shares):
     logits = torch.log(torch.tensor([0.5, 0.2, 0.0, 0.3])).repeat(20_000, 1)
-    draws = uniform(np.arange(20_000, dtype=np.uint64), position=3)
-    share = torch.bincount(sample_tokens(logits, 1.0, draws), minlength=4) / 20_000
-    torch.testing.assert_close(share, torch.tensor([0.5, 0.2, 0.0, 0.3]), atol=0.012, rtol=0)
-    cold = torch.bincount(sample_tokens(logits, 0.5, draws), minlength=4) / 20_000
-    torch.testing.assert_close(cold, torch.tensor([0.25, 0.04, 0.0, 0.09]) / 0.38, atol=0.012, rtol=0)
+    tokens, logp = drawn(logits, temperature, uniform(np.arange(20_000, dtype=np.uint64), position=3))
+    expected = torch.tensor(shares)
+    torch.testing.assert_close(torch.bincount(tokens, minlength=4) / 20_000, expected, atol=0.012, rtol=0)
+    torch.testing.assert_close(logp, expected[tokens].log(), atol=1e-5, rtol=0)
 
 
 def test_draws_differ_between_positions_and_seeds():
-    numbers = np.concatenate([uniform(np.arange(100, dtype=np.uint64), position) for position in range(100)])
+    seeds = np.arange(100, dtype=np.uint64)
+    numbers = np.concatenate([uniform(seeds, position) for position in range(100)])
     assert len(np.unique(numbers)) == 10_000
     assert abs(numbers.mean() - 0.5) < 0.01 and numbers.min() >= 0 and numbers.max() < 1
+    rows = uniform(seeds, np.arange(100))
+    assert rows.tolist() == [uniform(seeds[n : n + 1], n)[0] for n in range(100)]
 
 
-def test_unequal_groups_are_refused(engine):
-    with pytest.raises(ValueError, match="same number of seeds"):
-        engine.generate(prompts()[:2], [[1, 2], [3]], Sampling(4))
+def test_a_seed_depends_on_each_of_its_parts():
+    seeds = {
+        response_seed(run, iteration, problem) for run in range(5) for iteration in range(5) for problem in range(5)
+    }
+    assert len(seeds) == 125 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_what_is_never_drawn_still_counts_in_the_log_probability():
+    logits = torch.log(torch.tensor([[0.5, 0.2, 0.3]])).repeat(1000, 1)
+    tokens, logp = drawn(logits, 1.0, np.linspace(0, 1, 1000, endpoint=False), never=torch.tensor([0]))
+    assert set(tokens.tolist()) == {1, 2}
+    torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.2, 0.3])[tokens])
+    assert drawn(logits[:1], 0, [0.5], never=torch.tensor([0]))[0].tolist() == [2]
+
+
+def test_greedy_gives_the_log_probability_at_temperature_one():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    token, logp = drawn(logits, 0, [0.99])
+    assert token.tolist() == [1]
+    torch.testing.assert_close(logp, logits.log_softmax(-1)[:, 1])
+
+
+@pytest.mark.parametrize("last", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_have_a_share(last):
+    logits = torch.full((1, 50), -30.0)
+    logits[0, 10:40] = 0.0
+    never = torch.tensor([*range(10), *range(40, 50)])
+    assert int(drawn(logits, 1.0, [last], never)[0]) == (10 if last == 0 else 39)

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-import re
+import logging
+from typing import Any
 
-from kimivl.data.chat import THINK_CLOSE
+from kimivl.data.chat import THINK_CLOSE, THINK_OPEN
+from kimivl.rl.behaviours import Behaviours
 from kimivl.rl.types import Response
+from kimivl.stages.long_cot.datamodule import LongCoTDataModule
 from kimivl.stages.sft.module import SFTModule
 
-BEHAVIOURS = {
-    "planning": re.compile(r"\b(plan|first|step by step|let me)\b", re.IGNORECASE),
-    "evaluation": re.compile(r"\b(check|verify|confirm)", re.IGNORECASE),
-    "reflection": re.compile(r"\b(wait|mistake|look again)\b", re.IGNORECASE),
-    "exploration": re.compile(r"\b(another way|alternatively|other way)\b", re.IGNORECASE),
-}
-"""Words that mark each behaviour in a chain of thought."""
+log = logging.getLogger(__name__)
 
 
 class LongCoTModule(SFTModule):
-    """The loss of stage 1; the evaluation also reports the thinking: its length and its behaviours."""
+    """The loss of stage 1; the evaluation also reports the thinking: its length and its behaviours.
+
+    Args:
+        behaviours: finds them in the thinking of greedy responses.
+    """
+
+    def __init__(self, behaviours: Behaviours | None = None, **stage: Any) -> None:
+        super().__init__(**stage)
+        self.behaviours = behaviours or Behaviours()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if not isinstance(self.datamodule, LongCoTDataModule):
+            return  # RL goes on from here with data of its own
+        retention = self.datamodule.retention
+        log.info(retention.sentence)
+        for logger in self.loggers:
+            logger.log_metrics(retention.figures, step=self.global_step)
 
     def describe(self, response: Response) -> dict[str, float]:
-        thinking, closed, _ = response.text.partition(THINK_CLOSE)
-        shown = {name: float(bool(marker.search(thinking))) for name, marker in BEHAVIOURS.items()}
-        return {"thinking_closed": float(bool(closed)), **shown}
+        """``thinking_closed``, lengths in tokens (what is not closed is all thinking), and 0 or 1 per behaviour."""
+        thinking, closed, answer = response.text.partition(THINK_CLOSE)
+        thinking = thinking.removeprefix(THINK_OPEN)
+        shown = self.behaviours(thinking)
+        lengths = {"think_tokens": self._count(thinking), "answer_tokens": self._count(answer)}
+        return {"thinking_closed": float(bool(closed)), **lengths, **{name: float(on) for name, on in shown.items()}}
+
+    def _count(self, text: str) -> float:
+        tokenizer = self.datamodule.processor.tokenizer
+        return float(len(tokenizer.encode(text, add_special_tokens=False)))

@@ -6,12 +6,16 @@ reference of the iteration; the steps of the epoch are ordinary automatic optimi
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from kimivl.optim import reset_state
 from kimivl.rl.experience import TrajectoryBatch
+from kimivl.rl.mismatch import Mismatch
 from kimivl.rl.objectives import Loss, Trajectories
 from kimivl.stages.long_cot.module import LongCoTModule
 
@@ -22,9 +26,37 @@ SHOWN = {"rollout/accuracy", "rollout/length", "perf/rollout_tokens_per_s"}
 class Objective(Protocol):
     """See ``kimivl.rl.objectives``."""
 
+    def at(self, progress: float) -> Self: ...
+
     def advantages(self, rewards: Tensor, group: Tensor) -> Tensor: ...
 
     def __call__(self, logp: Tensor, tokens: Trajectories) -> Loss: ...
+
+
+class StepFigures:
+    """The figures of an optimiser step from those of its packs: means weighted by what each pack counts, ``_max``ima,
+    and sums of what are counts (``_tokens``). A pack that runs twice counts once."""
+
+    def __init__(self) -> None:
+        self._packs: dict[int, tuple[Mapping[str, Tensor], Tensor]] = {}
+
+    def add(self, pack: int, figures: Mapping[str, Tensor], weight: Tensor) -> None:
+        self._packs[pack] = (figures, weight)
+
+    def take(self) -> dict[str, Tensor]:
+        """The figures, and begin anew."""
+        packs, self._packs = list(self._packs.values()), {}
+        weights = torch.stack([weight for _, weight in packs]).float()
+        weights = weights / weights.sum().clamp_min(1)
+        return {
+            name: _merge(name, torch.stack([figures[name] for figures, _ in packs]), weights) for name in packs[0][0]
+        }
+
+
+def _merge(name: str, values: Tensor, weights: Tensor) -> Tensor:
+    if name.endswith("_max"):
+        return values.max()
+    return values.sum() if name.endswith(("_tokens", "/loss")) else (values * weights).sum()
 
 
 class RLModule(LongCoTModule):
@@ -33,14 +65,35 @@ class RLModule(LongCoTModule):
     Args:
         objective: see ``kimivl.rl.objectives``.
         reset_optimizer: forget the optimiser's momenta at the start of each iteration, as the paper does.
+        mismatch: what becomes of the difference between engine and trainer (``kimivl.rl.mismatch``); None leaves it be.
+        router_replay: reference and training pass go through the experts that the engine chose, where it returns them
+            (``kimivl.model.replay``).
     """
 
-    def __init__(self, objective: Objective, reset_optimizer: bool = True, **stage: Any) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        reset_optimizer: bool = True,
+        mismatch: Mismatch | None = None,
+        router_replay: bool = True,
+        **stage: Any,
+    ) -> None:
         super().__init__(**stage)
         self.objective = objective
         self.reset_optimizer = reset_optimizer
+        self.mismatch = mismatch or Mismatch()
+        self.router_replay = router_replay
+        self._step_figures = StepFigures()
+        self._training_since: float | None = None
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the run at which this iteration began."""
+        return self.current_epoch / self.datamodule.max_epochs
 
     def on_train_batch_start(self, batch: TrajectoryBatch, batch_idx: int) -> None:
+        if self._training_since is None:
+            self._training_since = time.perf_counter()
         # Not on_train_epoch_start: Lightning leaves it out after a resume from a checkpoint at an epoch's last batch.
         if batch_idx == 0:
             if self.reset_optimizer:
@@ -50,19 +103,42 @@ class RLModule(LongCoTModule):
     def _log_figures(self) -> None:
         """The figures of the iteration's rollouts, once, whatever ``log_every_n_steps`` is."""
         figures = self.datamodule.figures
-        for logger in self.loggers:
-            logger.log_metrics(figures | {"epoch": self.current_epoch}, step=self.global_step)
+        self._log_once(figures)
         for name, value in figures.items():
             self.log(name, value, logger=False, prog_bar=name in SHOWN, batch_size=1)
 
+    def _log_once(self, figures: Mapping[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step)
+
+    def log_probs(self, batch: TrajectoryBatch) -> Tensor:
+        """(K,) log-probabilities of a pack's response tokens, as they were drawn: at the temperature, and through the
+        experts, of the engine. Both the reference and the training pass are made by it."""
+        experts = batch.experts if self.router_replay else None
+        return self.target_log_probs(batch.pack, self.datamodule.sampling.temperature, experts)
+
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
         with self.router.record(batch.pack.cu_seqlens):
-            logp = self.target_log_probs(batch.pack, self.datamodule.sampling.temperature)
-        loss, figures = self.objective(logp, batch.trajectories)
-        counts = batch.trajectories.counts
-        share = batch.pack.num_samples / counts.responses
-        self.log("train/loss", loss.detach() / share, prog_bar=True, batch_size=1)
-        self.log("policy/nll_per_token", -logp.detach().mean(), batch_size=1)
-        for name, value in figures.items():
-            self.log(name, value, batch_size=1)
+            logp = self.log_probs(batch)
+        loss, figures = self.objective.at(self.progress)(logp, batch.trajectories)
+        counted = (batch.trajectories.weight > 0).sum()
+        self._step_figures.add(batch_idx, figures | {"train/loss": loss.detach()}, counted)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._log_step()
         return self.normalised(loss, 1) + self.auxiliary_loss()
+
+    def _log_step(self) -> None:
+        """What the whole optimiser step comes to, over its packs and ranks."""
+        several = self.trainer.world_size > 1
+        for name, value in self._step_figures.take().items():
+            over_ranks = "max" if name.endswith("_max") else "sum" if name.endswith(("_tokens", "/loss")) else "mean"
+            shown = name == "train/loss"
+            self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several, reduce_fx=over_ranks)
+
+    def on_train_batch_end(self, outputs: Any, batch: TrajectoryBatch, batch_idx: int) -> None:
+        """Time the iteration's training phase; after a resume inside of it, what was left of it."""
+        if self.trainer.is_last_batch and self._training_since is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._log_once({"perf/train_s": time.perf_counter() - self._training_since})
+            self._training_since = None

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,6 +21,7 @@ from kimivl.tasks.digits.scans import Cells, compose, draw_splits, png
 MANIFEST = "digits.json"
 LOCK = ".digits.lock"
 MAX_DIGITS = 8
+ALL_DIGITS = tuple(range(1, MAX_DIGITS + 1))
 # Stage 1: reading must be a large part, or later chains misread the picture.
 DIRECT_MIXTURE = {
     "read": 0.27,
@@ -55,16 +56,21 @@ def write(
     val: int = 160,
     test: int = 384,
     vocab_size: int = 400,
+    redundant: float | None = None,
+    digits: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
     """Write `sft-*.tar`, `long_cot-*.tar`, `rl-*.tar`, `val-*.tar`, `test-*.tar` and `tokenizer/` into `out`.
 
-    Numbers are samples per set. The bytes follow from the settings. A folder that was finished with the same
-    settings is left as it is; any other content of these names is rebuilt whole. Of several processes that
-    write one folder at once, one works and the others wait for it. Returns `out`.
+    Numbers are samples per set. `redundant` makes the chains of `long_cot` longer than they need be (see `chain`).
+    `digits` says of some sets how many digits their samples have, in turn; the others have 1 to 8. The bytes follow
+    from the settings. A folder that was finished with the same settings is left as it is; any other content of these
+    names is rebuilt whole. Of several processes that write one folder at once, one works and the others wait for it.
+    Returns `out`.
     """
     out = Path(out)
     sizes = {"sft": sft, "long_cot": long_cot, "rl": rl, "val": val, "test": test}
     settings = {"code": _code_digest(), "seed": seed, "sizes": sizes, "vocab_size": vocab_size}
+    settings |= {"redundant": redundant, "digits": _check_digits(digits or {})}
     if _finished(out, settings):
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -81,24 +87,32 @@ def _build(out: Path, settings: dict[str, Any]) -> None:
     texts: list[str] = []
     written: list[Path] = []
     for name, size in settings["sizes"].items():
-        samples = generate(name, size, cells[SPLITS[name]], settings["seed"])
+        counts = settings["digits"].get(name, ALL_DIGITS)
+        samples = generate(name, size, cells[SPLITS[name]], settings["seed"], counts, settings["redundant"])
         written += shards.write_shards(_overhear(samples, texts), out / name)
     tokenizer.train_tokenizer(texts, settings["vocab_size"]).save_pretrained(out / "tokenizer")
     _write_manifest(out, settings, written)
 
 
-def generate(name: str, size: int, cells: Cells, seed: int) -> Iterator[Sample]:
+def generate(
+    name: str,
+    size: int,
+    cells: Cells,
+    seed: int,
+    counts: Sequence[int] = ALL_DIGITS,
+    redundant: float | None = None,
+) -> Iterator[Sample]:
     """The `size` samples of a set; sft and long_cot with an answer turn, the others as problems without one.
 
-    Sample i has i % 8 + 1 digits, so that difficulties are equally many; no two samples are the same problem.
+    Samples have `counts` digits in turn: by default difficulties are equally many. No two are the same problem.
     (Two-number additions have digits of their own, and small text-only sums run out.)
     """
     mixture = DIRECT_MIXTURE if name == "sft" else REASONING_MIXTURE
     taken: set[tuple[Any, ...]] = set()
     for index in range(size):
         rng = Random(f"{seed}/{name}/{index}")
-        count = index % MAX_DIGITS + 1
-        kind = _kind(mixture, index, count)
+        count = counts[index % len(counts)]
+        kind = _kind(mixture, index, len(counts), count)
         for attempt in itertools.count():
             # The few small text-only problems are used up first; after some vain tries one digit is added.
             problem, places = _draw(kind, min(count + attempt // 20, MAX_DIGITS), cells, SPLITS[name], rng)
@@ -106,13 +120,14 @@ def generate(name: str, size: int, cells: Cells, seed: int) -> Iterator[Sample]:
             if (question, places) not in taken:
                 break
         taken.add((question, places))
-        yield _sample(name, index, problem, question, cells, places, rng)
+        reply = problem.reply if name == "sft" else chain(problem, rng, redundant) if name == "long_cot" else None
+        yield _sample(name, index, problem, question, reply, cells, places)
 
 
-def _kind(mixture: Mapping[str, float], index: int, count: int) -> str:
-    """The kind of sample `index`; shares come out evenly for every number of digits (golden-ratio steps)."""
-    block, digit = divmod(index, MAX_DIGITS)
-    position = (block * 0.6180339887498949 + digit / MAX_DIGITS) % 1.0
+def _kind(mixture: Mapping[str, float], index: int, turn: int, count: int) -> str:
+    """The kind of sample `index`; shares come out evenly for each place of a turn (golden-ratio steps)."""
+    block, place = divmod(index, turn)
+    position = (block * 0.6180339887498949 + place / turn) % 1.0
     bounds = itertools.accumulate(mixture.values())
     kind = next(name for name, bound in zip(mixture, bounds, strict=True) if position < bound or bound > 0.999)
     # One-digit text sums are worth a few samples of stage 1 only.
@@ -140,16 +155,32 @@ def _reserved_for(numbers: tuple[int, ...]) -> str:
 
 
 def _sample(
-    name: str, index: int, problem: Problem, question: str, cells: Cells, places: tuple[int, ...], rng: Random
+    name: str,
+    index: int,
+    problem: Problem,
+    question: str,
+    reply: str | None,
+    cells: Cells,
+    places: tuple[int, ...],
 ) -> Sample:
     images = (png(compose(cells.pixels[list(places)])),) if places else ()
     parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
     messages = [{"role": "user", "content": parts}]
-    if name in ("sft", "long_cot"):
-        reply = problem.reply if name == "sft" else chain(problem, rng)
+    if reply is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
     key = f"{name}-{index:06d}"
     return Sample(key, messages, images, problem.answer, problem.difficulty, source="digits", task=problem.kind)
+
+
+def _check_digits(digits: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """`digits` as the manifest keeps it."""
+    for name, counts in digits.items():
+        if name not in SPLITS or not counts or not set(counts) <= set(ALL_DIGITS):
+            raise ValueError(
+                f"data.prepare.digits.{name}={list(counts)}: give numbers of digits from 1 to {MAX_DIGITS} for one of "
+                f"{', '.join(SPLITS)}"
+            )
+    return {name: list(counts) for name, counts in digits.items()}
 
 
 def _overhear(samples: Iterator[Sample], texts: list[str]) -> Iterator[Sample]:

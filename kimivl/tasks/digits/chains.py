@@ -33,19 +33,24 @@ PLANS: dict[str, tuple[str, str]] = {
 }
 
 
-def chain(problem: Problem, rng: Random) -> str:
-    """`◁think▷...◁/think▷\\boxed{answer}` for a sum, text_sum, count, largest or backwards problem."""
-    parts = [PLANS[problem.kind][rng.random() < VERBOSE_PLAN].format(k=problem.threshold)]
+def chain(problem: Problem, rng: Random, redundant: float | None = None) -> str:
+    """`◁think▷...◁/think▷\\boxed{answer}` for a sum, text_sum, count, largest or backwards problem.
+
+    `redundant`: write chains without mistakes, in which each part that such a chain could do without (the longer plan,
+    the check, the other way, the result once more) stands with this probability. None: the shares above.
+    """
+    long_plan = VERBOSE_PLAN if redundant is None else redundant
+    parts = [PLANS[problem.kind][rng.random() < long_plan].format(k=problem.threshold)]
     if problem.kind != "text_sum":
-        parts.append(_reading(problem.numbers, rng))
-    parts += _WORK[problem.kind](problem, rng)
+        parts.append(_reading(problem.numbers, rng, MISREAD if redundant is None else 0.0))
+    parts += _WORK[problem.kind](problem, rng, redundant)
     return f"{OPEN}{' '.join(parts)}{CLOSE}{boxed(problem.answer)}"
 
 
-def _reading(digits: tuple[int, ...], rng: Random) -> str:
-    """`Read: 3781.`, sometimes with one digit misread at first."""
+def _reading(digits: tuple[int, ...], rng: Random, misread: float) -> str:
+    """`Read: 3781.`, in a share `misread` of the calls with one digit misread at first."""
     right = f"{joined(digits)}."
-    if rng.random() >= MISREAD:
+    if rng.random() >= misread:
         return f"Read: {right}"
     place = rng.randrange(len(digits))
     wrong = list(digits)
@@ -82,21 +87,28 @@ def _sum_in_pairs(numbers: Sequence[int]) -> str:
     return ", ".join([*steps, running_sum([sum(pair) for pair in pairs])])
 
 
-def _work_sum(problem: Problem, rng: Random) -> list[str]:
+def _work_sum(problem: Problem, rng: Random, redundant: float | None) -> list[str]:
     digits = problem.numbers
     if len(digits) == 1:
         return [f"Sum: {problem.answer}."]
-    slipped = rng.random() < SLIP
+    slipped = rng.random() < _slip(redundant)
     work = _slipped_sum(digits, rng) if slipped else f"{running_sum(digits)}."
     if "Check" in work:
         return [work]
     check = f"Check: {running_sum(digits[::-1])}, the same."
     other_way = f"Another way: {_sum_in_pairs(digits)}, the same." if len(digits) > 2 else ""
-    return [work, *_afterthoughts(check, other_way, f"So the sum is {problem.answer}.", rng)]
+    return [work, *_afterthoughts(check, other_way, f"So the sum is {problem.answer}.", rng, redundant)]
 
 
-def _afterthoughts(check: str, other_way: str, restated: str, rng: Random) -> list[str]:
+def _slip(redundant: float | None) -> float:
+    """The share of chains with a wrong step at first."""
+    return SLIP if redundant is None else 0.0
+
+
+def _afterthoughts(check: str, other_way: str, restated: str, rng: Random, redundant: float | None) -> list[str]:
     """What may follow the work: a check or another way (empty: none is known), and the result once more."""
+    if redundant is not None:
+        return [part for part in (check, other_way, restated) if part and rng.random() < redundant]
     lot = rng.random()
     second = check if lot < CHECK else other_way if lot < CHECK + OTHER_WAY else ""
     return [part for part in (second, restated if rng.random() < RESTATE else "") if part]
@@ -120,15 +132,15 @@ def _slipped_tally(digits: Sequence[int], threshold: int, rng: Random) -> str:
     return f"{head}{digits[step]} {verdict}. Wait, {_tally(digits[step:], threshold, before)}"
 
 
-def _work_count(problem: Problem, rng: Random) -> list[str]:
+def _work_count(problem: Problem, rng: Random, redundant: float | None) -> list[str]:
     digits, k = problem.numbers, problem.threshold
-    work = _slipped_tally(digits, k, rng) if rng.random() < SLIP else _tally(digits, k)
+    work = _slipped_tally(digits, k, rng) if rng.random() < _slip(redundant) else _tally(digits, k)
     if len(digits) == 1:
         return [f"{work}."]
     above = ", ".join(str(digit) for digit in digits if digit > k) or "none"
     check = f"Check: {_tally(digits[::-1], k)}, the same."
     other_way = f"Another way: above {k}: {above}, the same."
-    return [f"{work}.", *_afterthoughts(check, other_way, f"So the count is {problem.answer}.", rng)]
+    return [f"{work}.", *_afterthoughts(check, other_way, f"So the count is {problem.answer}.", rng, redundant)]
 
 
 def _largest_so_far(digits: Sequence[int]) -> str:
@@ -136,25 +148,25 @@ def _largest_so_far(digits: Sequence[int]) -> str:
     return ", ".join(str(max(digits[: i + 1])) for i in range(len(digits)))
 
 
-def _work_largest(problem: Problem, rng: Random) -> list[str]:
+def _work_largest(problem: Problem, rng: Random, redundant: float | None) -> list[str]:
     digits = problem.numbers
     work = f"Largest so far: {_largest_so_far(digits)}."
     if len(digits) == 1:
         return [work]
     check = f"Check: {_largest_so_far(digits[::-1])}, the same."
     other_way = f"Another way: in order {joined(sorted(digits))}, the same."
-    return [work, *_afterthoughts(check, other_way, f"So the largest is {problem.answer}.", rng)]
+    return [work, *_afterthoughts(check, other_way, f"So the largest is {problem.answer}.", rng, redundant)]
 
 
-def _work_backwards(problem: Problem, rng: Random) -> list[str]:
+def _work_backwards(problem: Problem, rng: Random, redundant: float | None) -> list[str]:
     work = f"Reverse: {problem.answer}."
     if len(problem.numbers) == 1:
         return [work]
     check = f"Check: {problem.answer} in reverse is {joined(problem.numbers)}, the same."
-    return [work, *_afterthoughts(check, "", f"So the order is {problem.answer}.", rng)]
+    return [work, *_afterthoughts(check, "", f"So the order is {problem.answer}.", rng, redundant)]
 
 
-_WORK: dict[str, Callable[[Problem, Random], list[str]]] = {
+_WORK: dict[str, Callable[[Problem, Random, float | None], list[str]]] = {
     "sum": _work_sum,
     "text_sum": _work_sum,
     "count": _work_count,

@@ -1,0 +1,138 @@
+"""What the RL comparisons come to: the curves and figures of each, their tables and their JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from benchmarks.rl_curves import Curve, Estimate, Run, estimate, mean_curve, tokens_to_reach
+
+Runs = dict[str, dict[str, dict[int, Run]]]
+"""Comparison -> arm, the one that others are compared with first -> seed -> run."""
+
+TOGETHER = 5
+"""Iterations of a point, where a curve is that of the responses trained on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is asked, and the curves that show it: ``sampled`` of the responses trained on, ``val`` of held-out ones."""
+
+    title: str
+    curves: tuple[tuple[str, str], ...]
+
+
+COMPARISONS = {
+    "length": Comparison("Length reward", (("sampled", "length"), ("sampled", "accuracy"))),
+    "sampler": Comparison("Sampling of problems", (("val", "sampled_accuracy"),)),
+    "objective": Comparison("Objective", (("sampled", "accuracy"),)),
+}
+
+FIGURES = {
+    "test/sampled_accuracy": ("accuracy, sampled", 100.0, "%"),
+    "test/accuracy": ("accuracy, greedy", 100.0, "%"),
+    "test/sampled_length": ("length, sampled", 1.0, "tokens"),
+}
+"""Figure of the test problems -> its name, the factor it is shown with, its unit."""
+
+
+def points(run: Run, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A curve of one run."""
+    return run.validation(name) if kind == "val" else run.sampled(name, TOGETHER)
+
+
+def curve(runs: Mapping[int, Run], kind: str, name: str) -> Curve:
+    """The mean of the seeds."""
+    return mean_curve([points(run, kind, name) for run in runs.values()])
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Tokens until the last accuracy of the first arm is reached: of the arms' mean curves, and of each seed's own.
+
+    ``goal`` is the last value of the first arm's mean curve; inf where an arm never comes to it.
+    """
+
+    goal: float
+    tokens: dict[str, float]
+    of_seeds: dict[str, list[float]]
+
+
+def reached(arms: Mapping[str, Mapping[int, Run]], kind: str, name: str) -> Reached:
+    """See ``Reached``; the first arm is measured too: it may come to its last value before its end."""
+    means = {arm: curve(runs, kind, name) for arm, runs in arms.items()}
+    goal = float(next(iter(means.values())).mean[-1])
+    tokens = {arm: tokens_to_reach((mean.tokens, mean.mean), goal) for arm, mean in means.items()}
+    seeds = {
+        arm: [tokens_to_reach(points(run, kind, name), goal) for run in runs.values()] for arm, runs in arms.items()
+    }
+    return Reached(goal, tokens, seeds)
+
+
+def difference(arms: Mapping[str, Mapping[int, Run]], arm: str, figure: str, relative: bool = False) -> Estimate:
+    """Of an arm to the first one, over the seeds that both have; ``relative``: as a share of the first one's figure."""
+    first = next(iter(arms.values()))
+    pairs = [(first[seed].metrics[figure], arms[arm][seed].metrics[figure]) for seed in arms[arm] if seed in first]
+    return estimate([(b - a) / a if relative else b - a for a, b in pairs])
+
+
+def tables(runs: Runs) -> Iterator[Table]:
+    """A table of each comparison."""
+    for comparison, arms in runs.items():
+        yield _table(comparison, arms)
+
+
+def _table(comparison: str, arms: dict[str, dict[int, Run]]) -> Table:
+    about = COMPARISONS[comparison]
+    table = Table(title=f"{about.title}: {', '.join(arms)}", title_justify="left")
+    table.add_column("test problems")
+    for arm, of_seeds in arms.items():
+        table.add_column(f"{arm}\n{len(of_seeds)} seeds", justify="right")
+    others = list(arms)[1:]
+    for arm in others:
+        table.add_column(f"{arm}\n- {next(iter(arms))}", justify="right")
+    for figure, (name, factor, unit) in FIGURES.items():
+        values = [estimate([run.metrics[figure] for run in of_seeds.values()]) for of_seeds in arms.values()]
+        differences = [difference(arms, arm, figure).text("{:+.1f}", factor) for arm in others]
+        table.add_row(f"{name}, {unit}", *(value.text("{:.1f}", factor) for value in values), *differences)
+    shares = [difference(arms, arm, "test/sampled_length", relative=True).text("{:+.0f}%", 100) for arm in others]
+    table.add_row("length, relative", *("" for _ in arms), *shares)
+    sampled = [estimate([run.tokens[-1] for run in of_seeds.values()]) for of_seeds in arms.values()]
+    table.add_row("sampled, 1000 tokens", *(value.text("{:.0f}", 1e-3) for value in sampled))
+    kind, name = about.curves[-1]
+    found = reached(arms, kind, name)
+    table.add_row(
+        f"1000 tokens to {found.goal:.1%} ({kind})", *(f"{value / 1000:.0f}" for value in found.tokens.values())
+    )
+    return table
+
+
+def figures(runs: Runs) -> dict[str, Any]:
+    """Everything that the tables and the picture show, as numbers."""
+    return {comparison: _figures(comparison, arms) for comparison, arms in runs.items()}
+
+
+def _figures(comparison: str, arms: dict[str, dict[int, Run]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for arm, of_seeds in arms.items():
+        found[arm] = {
+            "seeds": list(of_seeds),
+            "tokens": [int(run.tokens[-1]) for run in of_seeds.values()],
+            "test": {figure: [run.metrics[figure] for run in of_seeds.values()] for figure in FIGURES},
+        }
+        for kind, name in COMPARISONS[comparison].curves:
+            mean = curve(of_seeds, kind, name)
+            found[arm][f"{kind}/{name}"] = {
+                "tokens": mean.tokens.round().tolist(),
+                "mean": mean.mean.tolist(),
+                "interval_95": mean.half.tolist(),
+            }
+    for kind, name in COMPARISONS[comparison].curves:
+        if name.endswith("accuracy"):
+            goal = reached(arms, kind, name)
+            found["reached"] = {"goal": goal.goal, "tokens": goal.tokens, "seeds": goal.of_seeds}
+    return found

@@ -1,0 +1,123 @@
+"""What an iteration leaves on the disk: its responses to read (jsonl), and those that an interruption must not lose."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kimivl.rl.partial import response_of, response_state
+from kimivl.rl.types import Request, Response
+
+log = logging.getLogger(__name__)
+SAVE_EVERY = 60.0
+"""Seconds of generation that a killed run loses at most."""
+
+
+class RolloutRecord:
+    """The folder ``data.rollouts``: ``000012.jsonl`` with a line per group of iteration 12, once it is collected, and
+    ``000012.partial/`` with the responses so far, while it is collected.
+
+    Files are written whole or not at all. The responses of an interrupted iteration are used again by the policy that
+    drew them, and only by it: after a resume from an earlier step that came out differently they are drawn anew.
+
+    Args:
+        folder: None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def begin(self, iteration: int) -> None:
+        """Remove what later iterations left there: a run that was gone back in, or started anew, takes their place."""
+        for path in [] if self.folder is None else list(self.folder.glob("[0-9]*.*")):
+            number, kind = path.name.split(".", 1)
+            if not number.isdigit() or int(number) < iteration:
+                continue
+            if kind == "jsonl":
+                path.unlink()
+            elif kind == "partial" and int(number) > iteration:
+                shutil.rmtree(path)
+
+    def kept(self, iteration: int, policy: Callable[[], str]) -> KeptResponses:
+        """The responses that an interrupted collection of this iteration has left."""
+        return KeptResponses(None if self.folder is None else self.folder / f"{iteration:06d}.partial", policy)
+
+    def write(self, iteration: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._jsonl(iteration)
+        part = path.with_name(f".{path.name}.part")
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        part.replace(path)
+
+    def _jsonl(self, iteration: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{iteration:06d}.jsonl"
+
+
+class KeptResponses:
+    """Responses of one iteration by request, on the disk at least every minute, in files that hold what is new.
+
+    Args:
+        folder: of the files; None keeps nothing.
+        policy: tells one policy from another.
+    """
+
+    def __init__(self, folder: Path | None, policy: Callable[[], str]) -> None:
+        self.folder, self.policy = folder, policy
+        self.found: dict[tuple[int, int], Response] = {}
+        self._unsaved: list[tuple[int, int, dict[str, Any]]] = []
+        self._saved_at = time.monotonic()
+        files = [] if folder is None else sorted(folder.glob("[0-9]*.pt"))
+        self._files = len(files)
+        if files:
+            self._read(files)
+
+    def _read(self, files: Sequence[Path]) -> None:
+        states = [torch.load(path, weights_only=True) for path in files]
+        if any(state["policy"] != self.policy() for state in states):
+            log.warning("%s holds responses of another policy: they are drawn anew", self.folder)
+            self.remove()
+            return
+        self.found = {(seed, start): response_of(kept) for state in states for seed, start, kept in state["responses"]}
+        log.info("%d responses of the interrupted iteration are used again", len(self.found))
+
+    def get(self, request: Request) -> Response | None:
+        return self.found.get(_key(request))
+
+    def add(self, request: Request, response: Response) -> None:
+        if self.folder is not None:
+            self._unsaved.append((*_key(request), response_state(response)))
+            if time.monotonic() > self._saved_at + SAVE_EVERY:
+                self.save()
+
+    def save(self) -> None:
+        """Write what is new to a file of its own."""
+        if self.folder is None or not self._unsaved:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self._files:04d}.pt"
+        part = path.with_name(f".{path.name}.part")
+        torch.save({"policy": self.policy(), "responses": self._unsaved}, part)
+        part.replace(path)
+        self._files, self._unsaved, self._saved_at = self._files + 1, [], time.monotonic()
+
+    def remove(self) -> None:
+        """The iteration is collected; from here on the checkpoint keeps it."""
+        self._files, self._unsaved = 0, []
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _key(request: Request) -> tuple[int, int]:
+    """A seed is one response's own; its calls differ in where they go on from."""
+    return request.seed, len(request.prefix)
