@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ _MAY_DIFFER = {
     "module.kernels",
     "rollout.max_rows",
     "module.rollout.max_rows",
+    "rollout.prefill_tokens",
+    "module.rollout.prefill_tokens",
+    "reward.workers",
+    "module.reward.workers",
+    "reward.memory_gb",
+    "module.reward.memory_gb",
     "test",
     "data.num_workers",
     "data.max_dropped",
@@ -109,6 +116,13 @@ def _fit_and_hand_over(
         _convert_="all",
     )
     tracking.log_config(loggers, config)
+    with closing(module):
+        return _train_and_test(cfg, output_dir, trainer, module, datamodule, resume)
+
+
+def _train_and_test(
+    cfg: DictConfig, output_dir: Path, trainer: Trainer, module: Any, datamodule: Any, resume: Path | None
+) -> dict[str, float]:
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     trainer.save_checkpoint(output_dir / LAST)
     metrics = _floats(trainer)

@@ -118,6 +118,11 @@ class StageModule(LightningModule):
             )
         )
 
+    def close(self) -> None:
+        """Free what the rollout engine holds; the module answers nothing afterwards."""
+        if hasattr(self, "engine"):
+            self.engine.close()
+
     def _check_kernels(self) -> None:
         """Refuse kernels that cannot train on the run's device in its dtype, before the weights are read."""
         device = self.trainer.strategy.root_device

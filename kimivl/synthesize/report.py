@@ -142,7 +142,7 @@ def print_report(report: dict[str, Any], out: Path, console: Console) -> None:
 
 def _table(title: str, group: dict[str, dict[str, Any]]) -> Table:
     caption = f"Responses by {title}; tokens and behaviours of the right ones"
-    table = Table(title=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=caption, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column(title)
     names = list(next(iter(group.values()))["behaviours"])
     for heading in ("asked", "right", "kept", "tokens", *names):

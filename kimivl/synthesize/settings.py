@@ -20,7 +20,8 @@ def check_settings(out: Path, settings: dict[str, Any], journal: Path, asks: boo
         ValueError: naming the first key that differs.
     """
     path = out / SETTINGS
-    if path.is_file() and journal.is_file():
+    answered = journal.is_file() and journal.stat().st_size > 0
+    if path.is_file() and answered:
         try:
             before = json.loads(path.read_bytes())
         except ValueError as error:
@@ -32,7 +33,7 @@ def check_settings(out: Path, settings: dict[str, Any], journal: Path, asks: boo
                     f"OUT {out} holds responses asked for with another {key} ({_short(was)}, now {_short(now)}): go on "
                     "with its settings, or choose another OUT"
                 )
-    elif journal.is_file() and journal.stat().st_size:
+    elif answered:
         raise ValueError(f"{journal} is there without {path.name}, so nobody knows what it answers; choose another OUT")
     if asks:
         write_atomic(path, settings)

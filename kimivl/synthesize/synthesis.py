@@ -91,6 +91,8 @@ class Synthesis:
                 f"synthesize.samples={samples} at temperature 0 gives the same trace again after {len(prompts)} "
                 "prompts: raise synthesize.temperature"
             )
+        if judge is not None:
+            judge.rollout(None).close()  # its settings are checked before the teacher is paid
         self.index, self.student, self.reward, self.out, self.console = index, student, reward, Path(out), console
         self.make_teacher = teacher
         self.checks, self.selection, self.judge = checks, selection, judge

@@ -55,8 +55,10 @@ def index(tmp_path: Path, student: SampleEncoder) -> Index:
 
 
 @pytest.fixture
-def synthesis(index: Index, student: SampleEncoder, tmp_path: Path):
-    """A synthesis into ``tmp_path/out`` with some settings changed."""
+def synthesis(index: Index, student: SampleEncoder, tmp_path: Path, request, monkeypatch):
+    """A synthesis into ``tmp_path/out`` with some settings changed; one test has the picture drawn."""
+    if "picture" not in request.fixturenames:
+        monkeypatch.setattr("kimivl.synthesize.synthesis.draw_report", lambda report, path: None)
 
     def make(url: str, engine: dict | None = None, checks: dict | None = None, **settings) -> Synthesis:
         fast = {"backoff": 0.01, "max_wait": 0.05, "retries": 1, "concurrent": 2} | (engine or {})
@@ -226,6 +228,12 @@ def test_the_responses_can_be_sifted_again_with_other_checks_and_no_teacher(synt
         synthesis("http://127.0.0.1:9/v1", ask=False, prompts={"plain": {"suffix": "x"}}).run()
 
 
+@pytest.fixture
+def picture():
+    """Marks the test that wants one."""
+
+
+@pytest.mark.usefixtures("picture")
 def test_every_response_is_accounted_for(synthesis, tmp_path):
     texts = [RIGHT, OTHER, *REFUSED.values()]
     with fake_teacher(by_seed(*texts)) as teacher:
@@ -260,3 +268,16 @@ def test_one_folder_is_written_by_one_synthesis(synthesis, tmp_path):
 
     with claim(tmp_path / "out"), pytest.raises(ValueError, match="another"):
         synthesis("http://127.0.0.1:9/v1").run()
+
+
+def test_a_folder_without_responses_takes_other_settings(synthesis):
+    with fake_teacher(status(401)) as teacher, pytest.raises(ValueError, match="refuses"):
+        synthesis(teacher.url).run()
+    with fake_teacher(good) as teacher:
+        assert synthesis(teacher.url, temperature=0.5).run()["answered"] == 6
+
+
+def test_a_wrong_judge_is_named_before_the_teacher_is_asked(synthesis):
+    with fake_teacher(good) as teacher, pytest.raises(ValueError, match="rollout.url"):
+        synthesis(teacher.url, judge=Judge(partial(OpenAIEngine, url=None, model="j")))
+    assert not teacher.asked

@@ -10,6 +10,8 @@ from kimivl.model.tokenizer import load_tokenizer
 from kimivl.tasks.digits import write
 from kimivl.tasks.digits.scans import draw_splits
 
+from .conftest import read_all
+
 SMALL = {"sft": 40, "long_cot": 24, "rl": 16, "val": 8, "test": 8, "vocab_size": 300}
 
 
@@ -88,3 +90,24 @@ def test_other_settings_rebuild_and_leave_nothing_stale(tmp_path: Path):
     write(tmp_path, seed=3, **SMALL)
     assert not (tmp_path / "sft-000001.tar").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_numbers_of_digits_of_a_set_can_be_chosen_and_leave_the_others_as_they_are(small: Path, tmp_path: Path):
+    skewed = write(tmp_path, seed=3, **SMALL, digits={"rl": [1, 1, 8]})
+    assert [sample.difficulty for sample in read_all(skewed, "rl")] == [1, 1, 8] * 5 + [1]
+    assert [sample.difficulty for sample in read_all(small, "rl")] == [*range(1, 9)] * 2
+    for name in ("sft", "long_cot", "val", "test"):
+        assert (skewed / f"{name}-000000.tar").read_bytes() == (small / f"{name}-000000.tar").read_bytes()
+
+
+@pytest.mark.parametrize("digits", [{"rl": [0]}, {"rl": [9]}, {"rl": []}, {"train": [1]}])
+def test_numbers_of_digits_that_there_are_not_are_refused(digits: dict[str, list[int]], tmp_path: Path):
+    with pytest.raises(ValueError, match="data.prepare.digits"):
+        write(tmp_path, **SMALL, digits=digits)
+
+
+def test_how_chains_are_written_changes_the_chains_alone(small: Path, tmp_path: Path):
+    short = write(tmp_path, seed=3, **SMALL, redundant=0.0, hasty=1.0)
+    assert (short / "rl-000000.tar").read_bytes() == (small / "rl-000000.tar").read_bytes()
+    replies = [sample.messages[-1]["content"][0]["text"] for sample in read_all(short, "long_cot")]
+    assert not any("=" in reply for reply in replies)

@@ -119,3 +119,21 @@ def test_lengths_grow_with_difficulty(sets, folder: Path):
     assert average[0] < 36 and 85 < average[-1] < 115
     assert 55 < mean(average) < 75
     assert max(max(values) for values in lengths.values()) < 200
+
+
+@pytest.mark.parametrize("kind", ["sum", "text_sum", "count", "largest", "backwards"])
+def test_redundant_chains_make_no_mistakes_and_have_the_share_of_parts_that_was_asked_for(kind: str):
+    for redundant, low, high in ((0.0, 0.0, 0.0), (0.5, 0.4, 0.6), (1.0, 1.0, 1.0)):
+        texts = [chain(p, Random(i), redundant=redundant) for i, p in enumerate(problems(kind)) if len(p.numbers) > 2]
+        assert not any(wrong_steps(text) or "Wait" in text for text in texts)
+        for part in ("Check:", "So the ", *(("Another way:",) if kind != "backwards" else ())):
+            assert low <= mean(part in text for text in texts) <= high, part
+
+
+def test_hasty_chains_leave_out_the_work_and_nothing_else():
+    for i, problem in enumerate(problems("sum")):
+        digits = "".join(map(str, problem.numbers))
+        hasty = chain(problem, Random(i), redundant=0.0, hasty=1.0)
+        assert hasty == f"◁think▷Plan: read, add. Read: {digits}.◁/think▷\\boxed{{{problem.answer}}}"
+    texts = [chain(problem, Random(i), hasty=0.3) for i, problem in enumerate(problems("text_sum"))]
+    assert 0.2 < mean("=" not in text for text in texts if "add" in text) < 0.45

@@ -57,20 +57,21 @@ def write(
     test: int = 384,
     vocab_size: int = 400,
     redundant: float | None = None,
+    hasty: float = 0.0,
     digits: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
     """Write `sft-*.tar`, `long_cot-*.tar`, `rl-*.tar`, `val-*.tar`, `test-*.tar` and `tokenizer/` into `out`.
 
-    Numbers are samples per set. `redundant` makes the chains of `long_cot` longer than they need be (see `chain`).
-    `digits` says of some sets how many digits their samples have, in turn; the others have 1 to 8. The bytes follow
-    from the settings. A folder that was finished with the same settings is left as it is; any other content of these
-    names is rebuilt whole. Of several processes that write one folder at once, one works and the others wait for it.
-    Returns `out`.
+    Numbers are samples per set. `redundant` and `hasty` make the chains of `long_cot` longer or shorter than they
+    should be (see `chain`). `digits` says of some sets how many digits their samples have, in turn; the others have 1
+    to 8. The bytes follow from the settings. A folder that was finished with the same settings is left as it is; any
+    other content of these names is rebuilt whole. Of several processes that write one folder at once, one works and
+    the others wait for it. Returns `out`.
     """
     out = Path(out)
     sizes = {"sft": sft, "long_cot": long_cot, "rl": rl, "val": val, "test": test}
     settings = {"code": _code_digest(), "seed": seed, "sizes": sizes, "vocab_size": vocab_size}
-    settings |= {"redundant": redundant, "digits": _check_digits(digits or {})}
+    settings |= {"chains": {"redundant": redundant, "hasty": hasty}, "digits": _check_digits(digits or {})}
     if _finished(out, settings):
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def _build(out: Path, settings: dict[str, Any]) -> None:
     written: list[Path] = []
     for name, size in settings["sizes"].items():
         counts = settings["digits"].get(name, ALL_DIGITS)
-        samples = generate(name, size, cells[SPLITS[name]], settings["seed"], counts, settings["redundant"])
+        samples = generate(name, size, cells[SPLITS[name]], settings["seed"], counts, **settings["chains"])
         written += shards.write_shards(_overhear(samples, texts), out / name)
     tokenizer.train_tokenizer(texts, settings["vocab_size"]).save_pretrained(out / "tokenizer")
     _write_manifest(out, settings, written)
@@ -100,11 +101,12 @@ def generate(
     cells: Cells,
     seed: int,
     counts: Sequence[int] = ALL_DIGITS,
-    redundant: float | None = None,
+    **chains: Any,
 ) -> Iterator[Sample]:
     """The `size` samples of a set; sft and long_cot with an answer turn, the others as problems without one.
 
     Samples have `counts` digits in turn: by default difficulties are equally many. No two are the same problem.
+    `chains` are arguments of `chain`.
     (Two-number additions have digits of their own, and small text-only sums run out.)
     """
     mixture = DIRECT_MIXTURE if name == "sft" else REASONING_MIXTURE
@@ -120,7 +122,8 @@ def generate(
             if (question, places) not in taken:
                 break
         taken.add((question, places))
-        reply = problem.reply if name == "sft" else chain(problem, rng, redundant) if name == "long_cot" else None
+        thought = chain(problem, rng, **chains) if name == "long_cot" else None
+        reply = problem.reply if name == "sft" else thought
         yield _sample(name, index, problem, question, reply, cells, places)
 
 

@@ -33,17 +33,19 @@ PLANS: dict[str, tuple[str, str]] = {
 }
 
 
-def chain(problem: Problem, rng: Random, redundant: float | None = None) -> str:
+def chain(problem: Problem, rng: Random, redundant: float | None = None, hasty: float = 0.0) -> str:
     """`◁think▷...◁/think▷\\boxed{answer}` for a sum, text_sum, count, largest or backwards problem.
 
     `redundant`: write chains without mistakes, in which each part that such a chain could do without (the longer plan,
     the check, the other way, the result once more) stands with this probability. None: the shares above.
+    `hasty`: share of the chains that leave out the work. Its answer is right, but a model that learns them guesses.
     """
     long_plan = VERBOSE_PLAN if redundant is None else redundant
     parts = [PLANS[problem.kind][rng.random() < long_plan].format(k=problem.threshold)]
     if problem.kind != "text_sum":
         parts.append(_reading(problem.numbers, rng, MISREAD if redundant is None else 0.0))
-    parts += _WORK[problem.kind](problem, rng, redundant)
+    if not (hasty and rng.random() < hasty):
+        parts += _WORK[problem.kind](problem, rng, redundant)
     return f"{OPEN}{' '.join(parts)}{CLOSE}{boxed(problem.answer)}"
 
 
