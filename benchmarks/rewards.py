@@ -1,6 +1,6 @@
 """How many answers a second the verifiers judge, by kind of answer and number of worker processes.
 
-    python benchmarks/rewards.py                           about two minutes on two cores
+    python benchmarks/rewards.py                           about two minutes on two idle cores; tens on busy ones
     python benchmarks/rewards.py --kinds integer choice --repeats 9 --json rewards.json
 
 Each row is judged as the reward does it (``kimivl.rl.rewards``): what can be settled literally or as a number is, in
@@ -139,10 +139,10 @@ def run(name: str, workers: list[int], repeats: int, share: float) -> list[dict[
 
 
 def show(rows: list[dict[str, Any]], workers: list[int], console: Console) -> None:
-    table = Table(box=SIMPLE_HEAD, title="answers per second: median (least - largest)")
+    table = Table(box=SIMPLE_HEAD, title="answers per second: median (least - largest)", title_justify="left")
     table.add_column("answer")
     for count in workers:
-        table.add_column(f"{count} workers", justify="right")
+        table.add_column(f"{count} worker{'s' * (count != 1)}", justify="right")
     table.add_column("CPU-ms, " + " / ".join(map(str, workers)), justify="right")
     for name in dict.fromkeys(row["kind"] for row in rows):
         of_kind = [row for row in rows if row["kind"] == name]
@@ -159,12 +159,19 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the answers of each kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = []
-    for name in arguments.kinds:
-        rows += run(name, arguments.workers, arguments.repeats, arguments.share)
-    show(rows, arguments.workers, Console(width=110))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    rows: list[dict[str, Any]] = []
+    try:
+        for name in arguments.kinds:
+            rows += run(name, arguments.workers, arguments.repeats, arguments.share)
+            rates = ", ".join(
+                f"{row['answers_per_s']:,.0f}/s with {row['workers']}" for row in rows if row["kind"] == name
+            )
+            print(f"{name}: {rates}", file=sys.stderr, flush=True)  # on a busy machine a row can take minutes
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1))
+    finally:  # Ctrl-C shows what there is
+        if rows:
+            show(rows, arguments.workers, Console(width=110))
 
 
 if __name__ == "__main__":

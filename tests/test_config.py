@@ -33,6 +33,27 @@ def test_every_group_option(choice):
     assert list(check_targets(cfg)) == []
 
 
+ADDED = [f"reward/length={option}" for option in options("reward/length")]
+ADDED += [f"+reward/parts={option}" for option in options("reward/parts")]
+ADDED += [f"+{verb}={option}" for verb in ("assess", "synthesize") for option in options(verb)]
+
+
+@pytest.mark.parametrize("choice", ADDED)
+def test_every_option_of_a_part(choice):
+    cfg = compose_run("stage=rl", choice)
+    OmegaConf.resolve(cfg)
+    assert list(check_targets(cfg)) == []
+
+
+@pytest.mark.parametrize("group", ["prompts", "judge"])
+def test_every_option_of_synthesis(group):
+    for option in options(f"synthesize/{group}"):
+        value = f"synthesize/prompts=[{option}]" if group == "prompts" else f"+synthesize/judge={option}"
+        cfg = compose_run("stage=rl", "+synthesize=default", value)
+        OmegaConf.resolve(cfg)
+        assert list(check_targets(cfg)) == []
+
+
 def test_data_on_the_command_line_wins_over_the_stage():
     assert compose_run("stage=rl", "data=sft").data["_target_"].endswith("SFTDataModule")
 

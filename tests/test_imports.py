@@ -34,6 +34,9 @@ ROOMS_OF = {
     "kimivl.optim": set(),
     "kimivl.memory": {"kimivl.model", "kimivl.optim"},
     "kimivl.stages": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.optim", "kimivl.checkpoint"},
+    "kimivl.inference": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.checkpoint"},
+    "kimivl.synthesize": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.inference"},
+    "kimivl.assess": {"kimivl.data", "kimivl.rl", "kimivl.inference"},
     "kimivl.run": {"kimivl.config", "kimivl.launch", "kimivl.memory", "kimivl.tracking", "kimivl.checkpoint"},
 }
 # room -> rooms that it must not import

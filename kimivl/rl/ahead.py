@@ -30,7 +30,8 @@ class RolloutsAhead:
         self._jobs: dict[int, Future[Collected]] = {}
         self._queue: SimpleQueue[tuple[int, int, Future[Collected]] | None] = SimpleQueue()
         # A daemon: a run that is stopped does not wait for responses that nobody will train on.
-        Thread(target=self._work, name="rollouts", daemon=True).start()
+        self._thread = Thread(target=self._work, name="rollouts", daemon=True)
+        self._thread.start()
 
     def _work(self) -> None:
         while (asked := self._queue.get()) is not None:
@@ -69,8 +70,9 @@ class RolloutsAhead:
             job.exception()
 
     def close(self) -> None:
-        """Begin no other collection; what is under way is nobody's."""
+        """Begin no other collection, and wait for the one under way, which is nobody's: the engine is idle then."""
         for job in self._jobs.values():
             job.cancel()
         self._queue.put(None)
+        self._thread.join()
         self._jobs = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,8 @@ class Slots:
         slot = self.holes.pop() if self.holes else self.live
         self.live = max(self.live, slot + 1)
         request, cap = ticket.request, self.sampling.max_new_tokens
-        self.tickets[slot] = ticket
+        # Without the cache that was read, of which the slot has a copy: it would live as long as the response.
+        self.tickets[slot] = replace(ticket, batch=Prefilled(None, ticket.batch.experts))
         self.seed[slot] = request.seed
         self.length[slot], self.token[slot] = len(ticket.ids) - 1, ticket.ids[-1]
         self.count[slot] = written = len(request.prefix)

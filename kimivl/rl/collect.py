@@ -131,14 +131,22 @@ class Collector:
             report: called with the number of responses that are there, and of those asked for.
 
         Raises:
-            ValueError: when the engine fails (what it gave is kept), when no problem is left to draw or no response can
-                be judged, or after ``max_empty`` iterations in a row without an admitted group.
+            ValueError: when the engine fails, when no problem is left to draw or no response can be judged, or after
+                ``max_empty`` iterations in a row without an admitted group. Whatever is raised, what the engine gave
+                is kept.
         """
         self.record.begin(iteration)
         version = iteration if version is None else version
         # What runs ahead of training is drawn again by a run that goes on: its policy is no more.
         kept = self.record.kept(iteration, policy) if version == iteration else KeptResponses(None, policy)
         this = _Iteration(iteration, progress, version, engine, reward, kept, report)
+        try:
+            return self._collect(this)
+        except BaseException:  # of the engine, the reward or the disk, or Ctrl-C
+            kept.save()
+            raise
+
+    def _collect(self, this: _Iteration) -> Collected:
         scored: list[ScoredGroup] = []
         rounds = 0
         for attempt in range(self.plan.rounds):
@@ -197,24 +205,21 @@ class Collector:
         # The judge works beside the engine; it is asked by one thread at a time.
         with ThreadPoolExecutor(1, "judge") as judge:
             started = time.perf_counter()
-            for group in groups:
-                self._score_if_complete(this, group, judge, scores)
-            for number, response in self._responses(this, requests):
-                group, k = places[number]
-                group.drafts[k] = group.drafts[k].extended(response, this.version)
-                self._score_if_complete(this, group, judge, scores)
-            generated = time.perf_counter()
-            found = [scores[group.number].result() for group in groups if group.complete]
+            try:
+                for number, response in self._responses(this, requests):
+                    group, k = places[number]
+                    group.drafts[k] = group.drafts[k].extended(response, this.version)
+                    if group.complete:
+                        scores[group.number] = judge.submit(self._score, this, group)
+                generated = time.perf_counter()
+                found = [scores[group.number].result() for group in groups if group.complete]
+            except BaseException:
+                judge.shutdown(wait=False, cancel_futures=True)  # else the error would wait for all that is queued
+                raise
         this.seconds["perf/generate_s"] += generated - started
         this.seconds["perf/score_s"] += time.perf_counter() - generated
         self.waiting.put([group for group in groups if not group.complete])
         return [self._admit(group) for group in found]
-
-    def _score_if_complete(
-        self, this: _Iteration, group: OpenGroup, judge: ThreadPoolExecutor, scores: dict[int, Future[Any]]
-    ) -> None:
-        if group.complete and group.number not in scores:
-            scores[group.number] = judge.submit(self._score, this, group)
 
     def _score(self, this: _Iteration, group: OpenGroup) -> ScoredGroup:
         """Responses that the engine failed to give are left out, and counted."""
@@ -240,15 +245,12 @@ class Collector:
             for place, response in this.engine.stream([requests[number] for number in missing], self.sampling):
                 number, done = missing[place], done + 1
                 this.kept.add(requests[number], response)
-                this.tokens += len(response) - len(requests[number].prefix)
+                this.tokens += max(0, len(response) - len(requests[number].prefix))  # an error may come without them
                 this.report(done, len(requests))
                 yield number, response
             if done < len(requests):
                 raise RuntimeError(f"it gave {done} of {len(requests)} responses and no more")
-        except BaseException as error:
-            this.kept.save()
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:
             raise ValueError(self._failure(this, error, done, len(requests))) from error
 
     def _failure(self, this: _Iteration, error: Exception, done: int, total: int) -> str:
@@ -307,7 +309,6 @@ class Collector:
                 "sampler.filter or sampler.gates.retire_after"
             )
         if not judged:
-            this.kept.save()
             reasons = Counter(reason for group in scored for reason in group.failures.elements())
             raise ValueError(
                 f"none of the {sum(len(group.drafts) for group in scored)} responses of iteration {this.number} could "
@@ -318,7 +319,6 @@ class Collector:
             reasons = Counter(str(group.rejected) for group in scored)
             said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             if self.empty >= self.plan.max_empty:
-                this.kept.save()
                 raise ValueError(
                     f"no group was admitted in the last {self.empty} iterations (data.max_empty); of the last: {said}; "
                     "loosen sampler.gates, raise data.rounds, or choose problems that the model sometimes solves"

@@ -48,7 +48,7 @@ class Draft:
         """With what the engine wrote by the policy of iteration ``version``; ``response`` is whole, as engines give it.
 
         Raises:
-            ValueError: when the engine did not go on from what was written before.
+            ValueError: when the engine did not go on from what was written before, or wrote nothing.
         """
         before = self.response
         written = () if before is None else before.tokens
@@ -59,11 +59,16 @@ class Draft:
                 f"the rollout engine did not go on from the {len(written)} tokens that it was given; it must return "
                 "the whole response, prefix included"
             )
+        if response.stop == "budget" and len(response) == len(written):
+            raise ValueError("the rollout engine says that a budget is used up, but it has written nothing")
         logp = None if response.logp is None else np.array(response.logp, np.float32)
         if logp is not None and before is not None and before.logp is not None:
             logp[: len(written)] = before.logp
         added = np.full(len(response) - len(written), version, np.int32)
-        return Draft(self.seed, replace(response, logp=logp), np.concatenate([self.version, added]))
+        # The engine routes an unfinished response anew when it goes on: a checkpoint need not hold its experts.
+        experts = None if response.stop == "budget" else response.experts
+        whole = replace(response, logp=logp, experts=experts)
+        return Draft(self.seed, whole, np.concatenate([self.version, added]))
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from kimivl.rl.types import Request, Response
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 60.0
-"""Seconds of generation that a killed run loses at most."""
+"""Seconds of generation that a run which is killed while it collects loses at most."""
 
 
 class RolloutRecord:
@@ -95,7 +95,7 @@ class KeptResponses:
         return self.found.get(_key(request))
 
     def add(self, request: Request, response: Response) -> None:
-        if self.folder is not None:
+        if self.folder is not None and response.stop != "error":  # that is asked for again
             self._unsaved.append((*_key(request), response_state(response)))
             if time.monotonic() > self._saved_at + SAVE_EVERY:
                 self.save()

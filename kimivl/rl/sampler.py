@@ -201,6 +201,7 @@ class ProblemSampler:
                 f"an iteration asks for {count} problems, but the set has {self.is_open.sum()}{kept}; lower "
                 "data.problems"
             )
+        goes_on = attempt > 0 and iteration == self.iteration
         self.iteration = iteration
         allowed = self.is_open & ~self.gates.retired(self.perfect)
         allowed[np.fromiter(leave_out, np.int64, len(leave_out))] = False
@@ -213,7 +214,7 @@ class ProblemSampler:
             opened = free[np.argsort(self.difficulty[free], kind="stable")[:count]]
         generator = np.random.default_rng([self.seed, iteration, 1, attempt])
         drawn = self._draw(opened, count, generator)
-        self._drawn = np.concatenate([self._drawn, drawn]) if attempt else drawn
+        self._drawn = np.concatenate([self._drawn, drawn]) if goes_on else drawn
         return drawn
 
     def _draw(self, opened: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Rollouts beside training: never further behind than allowed, and never two at a time."""
 
 import threading
+import time
 
 import pytest
 
@@ -44,6 +45,22 @@ def test_one_behind():
 def test_never_further_behind(max_behind, slow):
     used = train(max_behind, 8, frozenset(slow))
     assert all(0 <= iteration - version <= max_behind for iteration, version in used.items())
+
+
+def test_closed_it_is_idle_and_begins_nothing_more():
+    begun, ended = threading.Event(), []
+
+    def collect(iteration: int, version: int) -> int:
+        begun.set()
+        time.sleep(0.1)
+        ended.append(iteration)
+        return version
+
+    ahead = RolloutsAhead(collect, 2, 5)
+    ahead.go_on(0, 0)
+    begun.wait(5)
+    ahead.close()
+    assert ended == [1]
 
 
 def test_a_failure_is_raised_where_its_iteration_is_taken():

@@ -1,6 +1,7 @@
 """Collecting an iteration: what is asked, what is kept, and what happens when something goes wrong."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -203,6 +204,45 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
     again = FakeEngine()
     collect(collector(rollouts=tmp_path), engine=again, policy=lambda: "a")
     assert len(again.requests) == 32 - 9
+
+
+def test_a_verifier_that_cannot_start_loses_no_response(tmp_path):
+    reward = SumReward()
+    reward.score = lambda groups, progress: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        collect(collector(rollouts=tmp_path), reward=reward, policy=lambda: "a")
+    again = FakeEngine()
+    collect(collector(rollouts=tmp_path), engine=again, policy=lambda: "a")
+    assert not again.requests
+
+
+def test_an_error_does_not_wait_for_the_groups_to_be_judged():
+    """In the order asked, 7 of 8 groups are complete when the engine dies."""
+    reward, engine, begun = SumReward(), FakeEngine(), []
+    score = reward.score
+    reward.score = lambda groups, progress: begun.append(time.sleep(0.1)) or score(groups, progress)
+
+    def in_order(requests, sampling):
+        yield from ((number, engine.answer(request, sampling)) for number, request in enumerate(requests[:-1]))
+        raise RuntimeError("the engine is gone")
+
+    engine.stream = in_order
+    with pytest.raises(ValueError, match="the engine is gone"):
+        collect(collector(), engine=engine, reward=reward)
+    assert len(begun) < 3
+
+
+def test_what_the_engine_failed_to_give_is_asked_for_again(tmp_path):
+    def engine(fail_after, lost):
+        made, answer = FakeEngine(fail_after=fail_after), FakeEngine().answer
+        made.answer = lambda request, sampling: Response((), "", "error") if lost else answer(request, sampling)
+        return made
+
+    with pytest.raises(ValueError, match="the engine is gone"):
+        collect(collector(rollouts=tmp_path), engine=engine(5, lost=True), policy=lambda: "a")
+    again = engine(None, lost=False)
+    collect(collector(rollouts=tmp_path), engine=again, policy=lambda: "a")
+    assert len(again.requests) == 32
 
 
 def test_an_engine_that_gives_too_few_is_an_error():

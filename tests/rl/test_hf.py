@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -264,6 +266,23 @@ def test_prompts_and_images_are_read_once(model, monkeypatch):
     prefixed = [Request(PROBLEMS[0], n, prefix=(10 + n,)) for n in range(3)]
     make(model).generate(prefixed, Sampling(5))
     assert sum(seen) == len(PROBLEMS[0].prompt.pixel_values)
+
+
+def test_what_was_read_is_let_go_of_when_its_responses_have_begun(model, monkeypatch):
+    engine = make(model, stop_id=-1)
+    read, caches = engine._prefill, []
+
+    def prefill(*args):
+        batch = read(*args)
+        caches.append(weakref.ref(batch.cache))
+        return batch
+
+    monkeypatch.setattr(engine, "_prefill", prefill)
+    stream = engine.stream([Request(PROBLEMS[0], n, budget=n + 1) for n in range(2)], Sampling(9))
+    next(stream)
+    gc.collect()
+    assert len(caches) == 1 and caches[0]() is None
+    stream.close()
 
 
 def test_nothing_asked_nothing_done(model):

@@ -125,6 +125,24 @@ def test_a_draft_takes_what_the_engine_adds_and_only_that():
     assert longer.complete and longer.version.tolist() == [3, 3, 6] and longer.response.logp.tolist() == [-1, -2, -3]
     with pytest.raises(ValueError, match="did not go on from the 2 tokens"):
         draft.extended(Response((5, 9), "", "stop"), 6)
+    with pytest.raises(ValueError, match="it has written nothing"):  # and would for ever
+        draft.extended(Response((4, 5), "", "budget"), 6)
+
+
+def test_a_draft_has_experts_when_it_is_complete():
+    experts = np.zeros((3, 1, 1), np.uint8)
+    assert Draft(1).extended(Response((4, 5), "", "budget", None, experts), 3).response.experts is None
+    assert Draft(1).extended(Response((4, 5), "", "length", None, experts), 3).response.experts is experts
+
+
+def test_a_response_lost_while_it_waited_counts_no_tokens_and_is_left_out():
+    maker, answer = collector(budget=4), FakeEngine(mean=10).answer
+    run(maker, 1, FakeEngine(mean=10))
+    engine = FakeEngine(mean=10)
+    engine.answer = lambda asked, how: Response((), "", "error") if asked.prefix else answer(asked, how)
+    [found] = run(maker, 1, engine, start=1)
+    lost = sum(bool(request.prefix) for request in engine.requests)
+    assert found.figures["reward/failures/engine"] == lost and found.figures["perf/rollout_tokens_per_s"] >= 0
 
 
 def weighed(off_policy, mismatch=Mismatch(), logp=True):  # noqa: B008

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,29 @@ def test_resumed_anywhere_with_partial_rollouts_and_several_packs(fit, whole, tm
         resumed, again = fit("rl", *PARTIAL, ckpt_path=checkpoint)
         assert again.global_step == 6 and equal(resumed, module), step
         assert records(tmp_path) == lines
+    trainer.save_checkpoint(tmp_path / "finished.ckpt")
+    finished, again = fit("rl", *PARTIAL, ckpt_path=tmp_path / "finished.ckpt")
+    assert equal(finished, module) and records(tmp_path) == lines  # and no rollouts for an iteration that never comes
+    assert again.datamodule.experience.iteration == 2
+
+
+def test_responses_to_other_problems_are_not_used_again(whole):
+    _, trainer, _ = whole
+    data = trainer.datamodule
+    before = data._policy()
+    assert data._policy() == before
+    data.sampler.digest = "of other shards"
+    assert data._policy() != before
+
+
+def test_an_evaluation_waits_for_the_rollouts_ahead(whole):
+    module, trainer, _ = whole
+    events = []
+    trainer.datamodule._ahead = SimpleNamespace(settle=lambda: events.append("settled"))
+    module.engine.sync = lambda: events.append("synced")
+    module.on_validation_epoch_start()
+    module.on_test_epoch_start()
+    assert events == ["settled", "synced"] * 2
 
 
 def test_an_engine_that_dies_loses_nothing(fit, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,9 @@ class RLDataModule(StageDataModule):
                 "takes one a step; set data.max_length=null, and raise data.updates for shorter packs"
             )
         iteration = self.trainer.current_epoch
+        if iteration >= self.max_epochs:
+            # Lightning asks for a loader before it sees that the run which it goes on from was finished.
+            return ExperienceLoader(partial(self._batch, Deal([], 1)), self.updates, self.updates)
         resumed = self.experience is not None and self.experience.iteration == iteration
         if resumed and self.experience is not None:
             # An interrupted run goes on inside the iteration whose experience its checkpoint holds.
@@ -224,9 +228,11 @@ class RLDataModule(StageDataModule):
         )
 
     def _policy(self) -> str:
-        """What tells the policy, and how it is asked, from another: a step of the run, and a sample of its weights."""
+        """What tells the policy, and what and how it is asked, from another: a step of the run, a sample of its weights,
+        the settings, and the set of problems."""
         assert self.trainer is not None
-        digest = hashlib.sha256(f"{self.trainer.global_step} {self.sampling} {self.plan}".encode())
+        asked = f"{self.trainer.global_step} {self.sampling} {self.plan} {self.sampler.digest}"
+        digest = hashlib.sha256(asked.encode())
         for weight in self._module.model.parameters():
             flat = weight.detach().flatten()
             digest.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
@@ -242,15 +248,7 @@ class RLDataModule(StageDataModule):
             self._ahead = RolloutsAhead(self._collect_now, self.max_behind, self.max_epochs - 1)
         return self._ahead
 
-    def val_dataloader(self) -> Any:
-        self._settle()
-        return super().val_dataloader()
-
-    def test_dataloader(self) -> Any:
-        self._settle()
-        return super().test_dataloader()
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """The engine answers one at a time: an evaluation waits for the rollouts that run ahead."""
         if self._ahead is not None:
             self._ahead.settle()
@@ -313,6 +311,7 @@ class RLDataModule(StageDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         kept = state_dict["experience"]
         self.experience = kept and Experience(**kept)
+        self._problems = {}
         self.figures = state_dict["figures"]
         self._state = state_dict["collector"]
         self.sampler.load_state_dict(self._state["sampler"])

@@ -135,6 +135,10 @@ class RLModule(LongCoTModule):
             shown = name == "train/loss"
             self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several, reduce_fx=over_ranks)
 
+    def on_validation_epoch_start(self) -> None:
+        self.datamodule.settle()
+        super().on_validation_epoch_start()
+
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryBatch, batch_idx: int) -> None:
         """Time the iteration's training phase; after a resume inside of it, what was left of it."""
         if self.trainer.is_last_batch and self._training_since is not None:
