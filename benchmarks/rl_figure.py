@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rl_report import COMPARISONS, Reached, Runs, curve, reached
+from benchmarks.rl_report import COMPARISONS, Reached, Runs, curve, reached, seeds
 
 COLOURS = ("#6b7280", "#d1495b")
 """Of the arm that others are compared with, and of the other one: apart in grey too."""
@@ -44,7 +44,7 @@ def _panel(axis: Any, arms: dict[str, Any], kind: str, name: str) -> None:
     for colour, (arm, of_seeds) in zip(COLOURS, arms.items(), strict=True):
         mean = curve(of_seeds, kind, name)
         thousands = mean.tokens / 1000
-        axis.plot(thousands, mean.mean, color=colour, linewidth=1.8, label=f"{arm} ({len(of_seeds)} seeds)")
+        axis.plot(thousands, mean.mean, color=colour, linewidth=1.8, label=f"{arm} ({seeds(of_seeds)})")
         axis.fill_between(
             thousands, mean.mean - mean.half, mean.mean + mean.half, color=colour, alpha=0.18, linewidth=0
         )

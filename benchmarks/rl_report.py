@@ -14,22 +14,20 @@ from benchmarks.rl_curves import Curve, Estimate, Run, estimate, mean_curve, tok
 Runs = dict[str, dict[str, dict[int, Run]]]
 """Comparison -> arm, the one that others are compared with first -> seed -> run."""
 
-TOGETHER = 5
-"""Iterations of a point, where a curve is that of the responses trained on."""
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """What is asked, and the curves that show it: ``sampled`` of the responses trained on, ``val`` of held-out ones."""
+    """What is compared, and the curves that show it: ``sampled`` of the responses trained on, ``together`` iterations a
+    point, or ``val`` of held-out problems."""
 
     title: str
     curves: tuple[tuple[str, str], ...]
+    together: int = 1
 
 
 COMPARISONS = {
-    "length": Comparison("Length reward", (("sampled", "length"), ("sampled", "accuracy"))),
+    "length": Comparison("Length reward", (("sampled", "length"), ("sampled", "accuracy")), 5),
     "sampler": Comparison("Sampling of problems", (("val", "sampled_accuracy"),)),
-    "objective": Comparison("Objective", (("sampled", "accuracy"),)),
+    "objective": Comparison("Objective", (("sampled", "accuracy"),), 2),
 }
 
 FIGURES = {
@@ -38,6 +36,11 @@ FIGURES = {
     "test/sampled_length": ("length, sampled", 1.0, "tokens"),
 }
 """Figure of the test problems -> its name, the factor it is shown with, its unit."""
+
+
+def seeds(of_arm: Mapping[int, Run]) -> str:
+    """``3 seeds``"""
+    return f"{len(of_arm)} seed{'s' if len(of_arm) > 1 else ''}"
 
 
 def points(run: Run, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +94,7 @@ def _table(comparison: str, arms: dict[str, dict[int, Run]]) -> Table:
     table = Table(title=f"{about.title}: {', '.join(arms)}", title_justify="left")
     table.add_column("test problems")
     for arm, of_seeds in arms.items():
-        table.add_column(f"{arm}\n{len(of_seeds)} seeds", justify="right")
+        table.add_column(f"{arm}\n{seeds(of_seeds)}", justify="right")
     others = list(arms)[1:]
     for arm in others:
         table.add_column(f"{arm}\n- {next(iter(arms))}", justify="right")

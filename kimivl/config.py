@@ -67,8 +67,9 @@ class TrainConfig:
     paths: dict[str, str] = field(default_factory=dict)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved itself; the message says how to go on."""
+class Interrupted(BaseException):
+    """The run was asked to stop; the message says what is saved and how to go on. Like KeyboardInterrupt it is none of
+    the errors that code in between may handle."""
 
 
 def register() -> None:

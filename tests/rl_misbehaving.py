@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,12 @@ def misbehave(text: str, expected: str) -> float:
     if text == "print":
         print("some noise")
         os.write(1, b"more noise")
+    if text.startswith("child "):  # leaves a process behind, and its number
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        Path(text.removeprefix("child ")).write_text(str(child.pid))
+        time.sleep(3600)
+    if text == "slow":
+        time.sleep(1)
     if text.startswith("count "):  # leaves a line for each call
         with Path(text.removeprefix("count ")).open("a") as file:
             file.write("called\n")

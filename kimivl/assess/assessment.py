@@ -88,8 +88,7 @@ class Assessment:
 
     def row_of(self, number: int) -> dict[str, Any] | None:
         """The line of a problem, where it has been assessed as it is now."""
-        row = self.ledger.rows.get(self.index.key(number))
-        return row if row is not None and row["crc32"] == int(self.index.crc32[number]) else None
+        return self.ledger.rows.get((self.index.key(number), int(self.index.crc32[number])))
 
     def run(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """Assess what is left; yields, for each batch, how many problems it had and the lines written for it.

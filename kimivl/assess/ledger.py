@@ -64,7 +64,7 @@ class Ledger:
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append lines, down to the disk."""
         self._append(rows)
-        self.rows |= {row["key"]: row for row in rows}
+        self.rows |= {(row["key"], row["crc32"]): row for row in rows}
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

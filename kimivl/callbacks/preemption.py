@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
@@ -18,7 +19,8 @@ class Preemption(Callback):
     """Turns Ctrl-C and the signals of schedulers into a checkpoint at a batch boundary.
 
     Saving inside a signal handler would deadlock with uneven ranks: the handler only sets a flag, and all ranks agree
-    on it after a step. A second Ctrl-C stops at once, without saving.
+    on it after a step. RL's rollouts, which can take an hour, are left at once: what is there of them is kept, and the
+    run saves itself as it was before them (also when the rollout engine fails). A second Ctrl-C stops at once.
 
     Args:
         path: where the checkpoint goes.
@@ -29,14 +31,33 @@ class Preemption(Callback):
         self.received: int | None = None
         self._saved_step: int | None = None
         self._previous: dict[int, Any] = {}
+        self._in_rollouts = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._install()
+
+    # The first rollouts come before `on_train_start`: the datamodule calls these two.
+
+    def on_rollouts_start(self) -> None:
+        self._install()
+        self._in_rollouts = True
+
+    def on_rollouts_end(self) -> None:
+        self._in_rollouts = False
+
+    def _install(self) -> None:
+        if not self._previous:
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+            self._in_rollouts = False
+            raise Interrupted("stopped at once, without saving; the same command goes on from the last checkpoint")
+        if self.received is None:
+            self.received = number
+            if self._in_rollouts:
+                raise Interrupted("the rollouts so far are kept; the same command goes on with them")
+            print("\nstopping when this step is done and saved; Ctrl-C stops at once", file=sys.stderr, flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         between_steps = trainer.fit_loop._should_accumulate()
@@ -60,7 +81,7 @@ class Preemption(Callback):
 
     def _leave_if_saved(self) -> None:
         if self._saved_step is not None:
-            raise Interrupted(f"saved after step {self._saved_step}; the same command with ckpt_path=last goes on")
+            raise Interrupted(f"saved after step {self._saved_step}; the same command goes on")
 
     def _any_rank(self, trainer: Trainer) -> bool:
         flag = torch.tensor(float(self.received is not None), device=trainer.strategy.root_device)
@@ -73,6 +94,9 @@ class Preemption(Callback):
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Before the first step there is nothing to save that a fresh start would not have.
+        if self._in_rollouts and isinstance(exception, Interrupted | ValueError) and trainer.global_step:
+            self._save(trainer)
         self._restore()
 
     def _restore(self) -> None:

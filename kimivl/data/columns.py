@@ -27,8 +27,8 @@ def assessed_file(index: Index) -> Path:
     return index.path.parent / "assessed.jsonl"
 
 
-def read_assessed(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What a file says about the assessment, and its lines by key; the later line of a key holds.
+def read_assessed(path: Path) -> tuple[dict[str, Any], dict[tuple[str, int], dict[str, Any]]]:
+    """What a file says about the assessment, and its lines by key and checksum; of two such lines the later holds.
 
     A last line that was cut off while it was written is left out; a file without a whole line says nothing.
 
@@ -40,7 +40,7 @@ def read_assessed(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
         return {}, {}
     if lines[0].get("format") != FORMAT:
         raise ValueError(f"{path} is not what kimivl assess writes; remove it, and assess the problems again")
-    return lines[0], {row["key"]: row for row in lines[1:]}
+    return lines[0], {(row["key"], row["crc32"]): row for row in lines[1:]}
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
@@ -66,8 +66,8 @@ def read_columns(index: Index) -> dict[str, np.ndarray]:
     rate, hack = np.full(len(index), np.nan), np.full(len(index), np.nan)
     kind = np.full(len(index), "", "U16")
     for number, key in enumerate(index.keys().to_pylist()):
-        row = rows.get(key)
-        if row is not None and row["crc32"] == int(index.crc32[number]):
+        row = rows.get((key, int(index.crc32[number])))
+        if row is not None:
             rate[number] = NOT_NUMBER if row["pass_rate"] is None else row["pass_rate"]
             hack[number] = NOT_NUMBER if row["easy_to_hack"] is None else row["easy_to_hack"]
             kind[number] = row["answer_kind"]

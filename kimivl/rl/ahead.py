@@ -57,12 +57,12 @@ class RolloutsAhead:
         job = self._jobs.pop(iteration, None)
         return None if job is None else job.result()
 
-    def go_on(self, iteration: int, version: int) -> None:
-        """Begin what may be begun while ``iteration`` trains, with the policy of iteration ``version``."""
-        for ahead in range(iteration + 1, min(version + self.max_behind, self._last) + 1):
+    def go_on(self, iteration: int) -> None:
+        """Begin what may be begun while ``iteration`` trains, with its policy, which the engine has just been given."""
+        for ahead in range(iteration + 1, min(iteration + self.max_behind, self._last) + 1):
             if ahead not in self._jobs:
                 self._jobs[ahead] = Future()
-                self._queue.put((ahead, version, self._jobs[ahead]))
+                self._queue.put((ahead, iteration, self._jobs[ahead]))
 
     def settle(self) -> None:
         """Wait until the engine has nothing to do. A failure is raised by `take`."""

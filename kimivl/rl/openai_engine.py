@@ -43,7 +43,8 @@ class OpenAIEngine(RolloutEngine):
         concurrent: requests in flight. timeout: seconds for one attempt, from the connection to the last byte.
         retries: further attempts of a request. backoff: seconds before the first of them. max_wait: most seconds
             before any of them, also when the server asks for more.
-        give_up: failed requests one after the other, none answered between, that tell that the endpoint is dead.
+        give_up: failed requests one after the other, none answered between, that tell that the endpoint is dead; and
+            problems that are refused for good before it has answered anything.
         streaming: ask for server-sent events; proxies cut connections on which long thinking sends nothing.
         extra: further fields of the request, such as ``{top_p: 0.95}``; null takes a field out.
 
@@ -150,6 +151,12 @@ class OpenAIEngine(RolloutEngine):
             "everything answered so far is kept: type the command again when it is back, it asks for the rest"
         )
 
+    def refused_message(self, problems: int, reason: str) -> str:
+        return (
+            f"{self.shown_url} answered nothing, and refused {problems} problems (the last: "
+            f"{self.without_key(reason)}): what it says of the request is to be mended first"
+        )
+
     def without_key(self, text: str) -> str:
         """Servers and libraries quote keys in their errors."""
         return text.replace(self.key, "***") if self.key else text
@@ -165,7 +172,8 @@ class _Run:
         self.thread = threading.Thread(target=self._work, name="openai-engine", daemon=True)
         self.turn = iter(range(len(requests)))
         self.open_from = 0.0  # no attempt before this, when the server has asked for a pause
-        self.in_a_row = 0
+        self.in_a_row, self.has_answered = 0, False
+        self.refused: set[int] = set()  # problems, while nothing was answered
         self.task: asyncio.Task[None] | None = None
         # Seeds only the waits, which are to differ between processes that met the same dead server.
         self.jitter = random.Random()
@@ -214,27 +222,38 @@ class _Run:
         """Ask for one response after the other; ``concurrent`` lanes share the turn."""
         for number in self.turn:
             try:
-                body = self.engine.body(self.requests[number], self.sampling)
-            except SampleError as fault:  # a problem that is read only now
-                self._failed(number, Refused(fault.reason, str(fault), again=False))
+                request = self.requests[number]
+                body = self.engine.body(request, self.sampling)
+            except SampleError as fault:  # a problem that is read only now; it says nothing about the endpoint
+                self.results.put((number, Response((), f"{fault.reason}: {fault}", "error"), 0))
                 continue
             try:
                 reply = await self._ask(session, body)
             except Refused as refused:
-                self._failed(number, refused)
+                self._failed(number, request.problem.number, refused)
                 continue
-            self.in_a_row = 0
+            self.in_a_row, self.has_answered = 0, True
             tokens = tuple(self.engine.encode(reply.text)) if self.engine.encode else ()
             self.results.put((number, Response(tokens, reply.text, reply.stop), reply.tokens or len(tokens)))
 
-    def _failed(self, number: int, refused: Refused) -> None:
+    def _failed(self, number: int, problem: int, refused: Refused) -> None:
+        """Hand out the failure, and stop where it is the endpoint's.
+
+        What another attempt cannot change is usually the problem's own (too long, filtered), and comes once for each
+        of its samples: it tells against the endpoint while that has answered nothing at all, once for a problem.
+        """
         if refused.fatal:
             raise EndpointError(self.engine.fatal_message(refused))
         text = f"{refused.reason}: {self.engine.without_key(refused.detail)}"
         self.results.put((number, Response((), text, "error"), 0))
-        self.in_a_row += 1
+        if refused.again:
+            self.in_a_row += 1
+        elif not self.has_answered:
+            self.refused.add(problem)
         if self.in_a_row >= self.engine.give_up:
             raise EndpointError(self.engine.dead_message(self.in_a_row, text))
+        if len(self.refused) >= self.engine.give_up:
+            raise EndpointError(self.engine.refused_message(len(self.refused), text))
 
     async def _ask(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Reply:
         """The reply, after as many attempts as it takes. Raises Refused after the last."""

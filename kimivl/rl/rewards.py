@@ -57,7 +57,7 @@ def answer_text(response: Response, thinking: bool) -> str | None:
     if not thinking:
         return response.text
     _, mark, answer = response.text.rpartition(THINK_CLOSE)
-    return answer if mark else None
+    return answer.partition(THINK_OPEN)[0] if mark else None
 
 
 def verifier_for(verifier: Verifier, sample: Sample) -> Verifier:

@@ -249,7 +249,9 @@ class ProblemSampler:
         """Take in the success rates (B,) of the groups just scored, admitted or not; NaN (no verdict) says nothing."""
         judged = ~np.isnan(success)
         problems, success = np.asarray(problems)[judged], np.asarray(success, float)[judged]
-        past = np.where(np.isnan(self.rate[problems]), self.assessed[problems], self.rate[problems])
+        # What has been forgotten since the last visit does not come back with this one.
+        now = self.success_rate(iteration)[problems]
+        past = np.where(np.isnan(self.rate[problems]), self.assessed[problems], now)
         mixed = self.momentum * past + (1 - self.momentum) * success
         self.rate[problems] = np.where(np.isnan(past), success, mixed)
         self.last[problems] = iteration

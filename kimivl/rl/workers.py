@@ -6,11 +6,13 @@ never run its main file, and import only what the verifier needs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -102,7 +104,8 @@ class Worker:
             try:  # its line breaks just before it is gone
                 code = self.process.wait(0.05)
             except subprocess.TimeoutExpired:
-                self.process.kill()
+                with contextlib.suppress(ProcessLookupError):  # with what the verifier has started
+                    os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
         if code is None:
             return "it was killed"
@@ -151,14 +154,13 @@ class VerifierPool:
             open_cases = [case for case, verdict in verdicts.items() if verdict is None]
             for case, verdict in self._ask(open_cases):
                 verdicts[case] = verdict
-                if verdict.failure is not None:
-                    self._known[_digest(case)] = verdict
             judged = {case: verdict for case, verdict in verdicts.items() if verdict is not None}
             return [judged[case] for case in cases]
 
     def close(self) -> None:
-        """End the workers; the next answers start others."""
-        _end_all(self._pool, os.getpid())
+        """End the workers, when what they are asked now is answered; the next answers start others."""
+        with self._lock:
+            _end_all(self._pool, os.getpid())
 
     def _at_once(self, case: Case) -> Verdict | None:
         if self._known and (known := self._known.get(_digest(case))):
@@ -173,32 +175,43 @@ class VerifierPool:
         failed_starts = 0
         try:
             while queue or any(worker.case for worker in self._pool):
-                if failed_starts >= ATTEMPTS:  # only workers that have worked before: else `_start_failed` raised
+                may_start = failed_starts < ATTEMPTS
+                if not may_start and not any(worker.ready for worker in self._pool):
+                    # Workers have started before: else `_start_failed` raised.
                     yield from ((case, failed("crash", "no worker starts any more")) for case in queue)
                     queue.clear()
-                self._hand_out(queue)
+                failed_starts += self._hand_out(queue, may_start)
                 for worker in self._due():
                     case, verdict = worker.case, self._hear(worker)
                     if case is None:
                         failed_starts = 0 if worker.ready else failed_starts + 1
                     elif verdict is not None:
+                        if verdict.failure is not None:
+                            self._known[_digest(case)] = verdict
                         yield case, verdict
         finally:
             # Left in the middle (Ctrl-C): what these work on nobody will ask for.
             for worker in [worker for worker in self._pool if worker.case]:
                 self._drop(worker)
 
-    def _hand_out(self, queue: deque[Case]) -> None:
+    def _hand_out(self, queue: deque[Case], may_start: bool) -> int:
+        """Give cases to idle workers, and start others where there are too few; how often that has failed (0 or 1)."""
         for worker in [worker for worker in self._pool if worker.ready and worker.case is None]:
             if not queue:
-                return
+                return 0
             if worker.ask(queue[0], self.timeout):
                 queue.popleft()
             else:  # it died while it waited: no fault of the case
                 self._drop(worker)
         starting = sum(not worker.ready for worker in self._pool)
-        for _ in range(min(self.workers - len(self._pool), len(queue) - starting)):
-            self._pool.append(Worker(self._terms()))
+        for _ in range(min(self.workers - len(self._pool), len(queue) - starting) if may_start else 0):
+            terms = self._terms()
+            try:
+                self._pool.append(Worker(terms))
+            except OSError as error:  # no memory, or no more processes or files
+                self._start_failed(describe(error))
+                return 1
+        return 0
 
     def _due(self) -> list[Worker]:
         """Workers that have something to say, are dead, or are past their deadline."""

@@ -82,7 +82,7 @@ class Asking:
         with Progress(*columns, TimeRemainingColumn(), figures, console=console) as progress:
             task = progress.add_task(title, total=earlier + len(places), completed=earlier, figures="")
             tokens = 0
-            for place, response in self._answers(places, failed):
+            for place, response in self._answers(places):
                 if response.stop == "error":
                     self._note_failure(place, response.text, failed)
                 else:
@@ -94,7 +94,7 @@ class Asking:
                 progress.update(task, advance=1, figures=said)
         return failed
 
-    def _answers(self, places: Sequence[Place], failed: Counter[str]) -> Iterator[tuple[Place, Response]]:
+    def _answers(self, places: Sequence[Place]) -> Iterator[tuple[Place, Response]]:
         if self.batch is None:
             for number, response in self.engine.stream(Requests(places, self.make), self.sampling):
                 yield places[number], response

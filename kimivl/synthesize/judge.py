@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kimivl.data.chat import THINK_CLOSE
 from kimivl.data.sample import Sample
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy
@@ -35,7 +36,7 @@ class Judge:
     Args:
         rollout: (policy) -> engine; usually ``kimivl.rl.openai_engine.OpenAIEngine``, which needs no policy.
         template: of the question, with the places {names}, {question} and {thinking}.
-        max_new_tokens: of a judgement. batch: judgements in memory at a time.
+        max_new_tokens: of a judgement.
     """
 
     def __init__(
@@ -43,7 +44,6 @@ class Judge:
         rollout: Callable[[Policy | None], RolloutEngine],
         template: str = TEMPLATE,
         max_new_tokens: int = 1024,
-        batch: int = 256,
     ) -> None:
         for place in ("{question}", "{thinking}", "{names}"):
             if place not in template:
@@ -51,7 +51,6 @@ class Judge:
         self.rollout = rollout
         self.template = template
         self.max_new_tokens = max_new_tokens
-        self.batch = batch
 
     def question(self, problem: Sample, question: str, thinking: str, names: Iterable[str]) -> Sample:
         """What the judge is asked about a trace, the pictures of the problem with it."""
@@ -63,7 +62,9 @@ class Judge:
 
     @staticmethod
     def read(text: str, names: Iterable[str]) -> dict[str, bool] | None:
-        """The judgement in a response, or None where it does not speak of every behaviour."""
+        """The judgement behind the thinking of a response, or None where it does not speak of every behaviour."""
+        for mark in ("</think>", THINK_CLOSE):
+            text = text.rpartition(mark)[2]
         said = {name.lower(): answer.lower() == "yes" for name, answer in _VERDICT.findall(text)}
         names = list(names)
         return {name: said[name] for name in names} if all(name in said for name in names) else None

@@ -237,7 +237,7 @@ class Synthesis:
 
     def _take_judgement(self, outcome: Outcome, record: dict[str, Any]) -> None:
         assert self.judge is not None
-        shown = self.judge.read(record["text"].rpartition("</think>")[2], self.checks.names) if record else None
+        shown = self.judge.read(record["text"], self.checks.names) if record.get("stop") == "stop" else None
         try:
             if shown is None:
                 raise Unfit("not_judged", "the judge's answer cannot be read" if record else "the judge did not answer")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kimivl.assess import Assessment
-from kimivl.data.columns import assessed_file, read_columns
+from kimivl.assess.ledger import Ledger
+from kimivl.data.columns import assessed_file, read_assessed, read_columns
 from kimivl.rl.gates import open_problems
 from kimivl.rl.rewards import Reward
 
@@ -208,3 +209,14 @@ def test_nothing_assessed_gives_no_columns(index):
 def test_wrong_settings_are_named(assess, settings):
     with pytest.raises(ValueError, match=f"assess.{next(iter(settings))}="):
         assess(**settings)
+
+
+def test_two_problems_of_one_key_are_known_by_their_bytes(tmp_path):
+    path = tmp_path / "assessed.jsonl"
+    ledger = Ledger(path, {"model": "m"})
+    ledger.write([{"key": "a", "crc32": 1, "pass_rate": 0.25}, {"key": "a", "crc32": 2, "pass_rate": 0.5}])
+    ledger.write([{"key": "a", "crc32": 1, "pass_rate": 0.75}])
+    rows = dict(ledger.rows)
+    ledger.close()
+    assert {where: row["pass_rate"] for where, row in rows.items()} == {("a", 1): 0.75, ("a", 2): 0.5}
+    assert read_assessed(path)[1] == rows

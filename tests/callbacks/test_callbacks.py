@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from kimivl.callbacks import Preemption, Throughput
+from kimivl.config import Interrupted
 
 
 def test_throughput_counts_the_time_of_steps_only(monkeypatch):
@@ -37,7 +38,16 @@ def test_a_signal_is_only_remembered(preemption):
     assert preemption.received == signal.SIGTERM
 
 
-def test_a_second_ctrl_c_stops_at_once(preemption):
+def test_a_second_ctrl_c_stops_at_once(preemption, capsys):
     signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    assert "stopping when this step is done" in capsys.readouterr().err
+    with pytest.raises(Interrupted, match="stopped at once"):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_rollouts_are_left_at_once(preemption):
+    preemption.on_rollouts_start()
+    with pytest.raises(Interrupted, match="the rollouts so far are kept"):
+        signal.raise_signal(signal.SIGUSR1)
+    preemption.on_rollouts_end()
+    signal.raise_signal(signal.SIGUSR1)  # after them it is only remembered

@@ -29,7 +29,7 @@ def train(max_behind: int, iterations: int, slow: frozenset[int] = frozenset()) 
         used[iteration] = iteration if version is None else version
         release.clear()
         if iteration == 0 or ahead.idle:
-            ahead.go_on(iteration, iteration)
+            ahead.go_on(iteration)
         if not slow:
             ahead.settle()
     assert ahead.in_flight == 0  # none beyond the last iteration
@@ -57,7 +57,7 @@ def test_closed_it_is_idle_and_begins_nothing_more():
         return version
 
     ahead = RolloutsAhead(collect, 2, 5)
-    ahead.go_on(0, 0)
+    ahead.go_on(0)
     begun.wait(5)
     ahead.close()
     assert ended == [1]
@@ -70,7 +70,7 @@ def test_a_failure_is_raised_where_its_iteration_is_taken():
         return version
 
     ahead = RolloutsAhead(collect, 2, 5)
-    ahead.go_on(0, 0)
+    ahead.go_on(0)
     ahead.settle()
     assert ahead.idle and ahead.take(1) == 0
     with pytest.raises(ValueError, match="the engine is gone"):

@@ -11,8 +11,9 @@ from fake_rollouts import FakeEngine, SumReward, read
 from kimivl.rl.advantages import advantages
 from kimivl.rl.collect import Collector, Plan
 from kimivl.rl.gates import Gates
+from kimivl.rl.record import KeptResponses
 from kimivl.rl.sampler import ProblemSampler
-from kimivl.rl.types import Response, Sampling
+from kimivl.rl.types import Request, Response, Sampling
 
 SET = {"difficulty": np.zeros(40, np.int64)}
 
@@ -58,6 +59,13 @@ def test_experience_holds_each_response_with_its_score_and_advantage():
     assert set(found.problems) == set(experience.problem.tolist())
     assert found.figures["rollout/accuracy"] == pytest.approx(float(experience.correct.mean()))
     assert found.figures["rollout/trained_groups"] == 8 and found.figures["rollout/off_policy"] == 0
+
+
+def test_a_problem_that_comes_again_is_answered_anew():
+    maker, engine = collector(problems=40, responses=2), FakeEngine()
+    for iteration in range(2):
+        collect(maker, iteration, engine)
+    assert len({request.seed for request in engine.requests}) == len(engine.requests) == 2 * 40 * 2
 
 
 def test_the_order_of_the_answers_does_not_matter():
@@ -184,12 +192,48 @@ def test_a_crashed_iteration_is_replayed_with_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["000000.jsonl"]
 
 
+def test_a_crash_while_responses_are_gone_on_with(tmp_path):
+    """With a small budget nothing is complete at first, so a response has several calls in one iteration."""
+    whole_engine, engine, calls = FakeEngine(mean=30), FakeEngine(mean=30), []
+    whole = collect(collector(budget=2), engine=whole_engine)
+    stream = engine.stream
+
+    def dying(requests, sampling):
+        calls.append(len(requests))
+        yield from stream(requests, sampling)
+        if len(calls) == 3:
+            raise RuntimeError("the engine is gone")
+
+    engine.stream = dying
+    with pytest.raises(ValueError, match="the engine is gone"):
+        collect(collector(budget=2, rollouts=tmp_path), engine=engine, policy=lambda: "a")
+    again = FakeEngine(mean=30)
+    found = collect(collector(budget=2, rollouts=tmp_path), engine=again, policy=lambda: "a")
+    assert same(found.experience, whole.experience)
+    assert len(engine.requests) + len(again.requests) == len(whole_engine.requests)
+
+
+def test_a_killed_run_has_saved_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr("kimivl.rl.record.SAVE_EVERY", -1.0)
+    kept = KeptResponses(tmp_path / "000000.partial", lambda: "a")
+    request = Request(read([1])[0], 5)
+    kept.add(request, Response((1, 9), "1", "stop"))
+    assert KeptResponses(tmp_path / "000000.partial", lambda: "a").get(request).tokens == (1, 9)
+
+
 def test_another_policy_draws_anew(tmp_path, caplog):
     with pytest.raises(ValueError, match="the engine is gone"):
         collect(collector(rollouts=tmp_path), engine=FakeEngine(fail_after=5), policy=lambda: "a")
     engine = FakeEngine()
     collect(collector(rollouts=tmp_path), engine=engine, policy=lambda: "b")
     assert len(engine.requests) == 32 and "responses of another policy" in caplog.text
+
+
+def test_what_runs_ahead_of_training_is_not_kept(tmp_path):
+    engine = FakeEngine(fail_after=5)
+    with pytest.raises(ValueError, match="they are lost, because data.rollouts is null or they ran ahead of training"):
+        collect(collector(rollouts=tmp_path), 3, engine=engine, version=2, policy=lambda: "a")
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path):
@@ -271,6 +315,7 @@ def test_gone_back_in_the_record_begins_again_there(tmp_path):
     for iteration in range(4):
         collect(maker, iteration)
     lines = (tmp_path / "000002.jsonl").read_text()
+    (tmp_path / "000007.partial").mkdir()
     back = collector(rollouts=tmp_path)
     back.load_state_dict(maker.state_dict())
     collect(back, 2, engine=FakeEngine())

@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from fake_teacher import (
 )
 
 from kimivl.data.pack import EncodedSample
-from kimivl.data.sample import Sample
+from kimivl.data.sample import Sample, SampleError
 from kimivl.rl.openai_engine import EndpointError, OpenAIEngine
 from kimivl.rl.types import Policy, Problem, Request, Sampling
 
@@ -168,6 +169,46 @@ def test_a_request_that_the_server_will_never_take_is_not_tried_again():
     assert found[0].text == SAID
     assert found[1].text == "http_400: HTTP 400: image too large"
     assert len(teacher.asked) == 2
+
+
+class Unreadable(Sequence):
+    """Requests of which those before ``bad`` cannot be made."""
+
+    def __init__(self, count: int, bad: int) -> None:
+        self.made, self.bad = requests(count), bad
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __getitem__(self, number):
+        if number < self.bad:
+            raise SampleError("bad_image", "p", None, "it cannot be read")
+        return self.made[number]
+
+
+def test_problems_that_cannot_be_read_say_nothing_about_the_endpoint():
+    with fake_teacher(good) as teacher:
+        found = engine(teacher.url, concurrent=1, give_up=3).generate(Unreadable(7, 6), SAMPLING)
+    assert [response.stop for response in found] == ["error"] * 6 + ["stop"]
+    assert found[0].text.startswith("bad_image: ")
+
+
+def test_a_problem_that_is_refused_for_each_of_its_samples_does_not_end_it():
+    def choose(number, body):
+        return status(400, "too long") if number < 6 else good
+
+    asked = [Request(Problem(place // 6, one.problem.sample, one.problem.prompt), place)
+             for place, one in enumerate(requests(12))]  # fmt: skip
+    with fake_teacher(choose) as teacher:
+        found = engine(teacher.url, concurrent=1, give_up=3).generate(asked, SAMPLING)
+    assert [response.stop for response in found] == ["error"] * 6 + ["stop"] * 6
+
+
+def test_an_endpoint_that_refuses_every_problem_is_given_up():
+    with fake_teacher(status(400, "max_tokens is too large")) as teacher:
+        with pytest.raises(EndpointError, match="refused 3 problems.*max_tokens is too large"):
+            engine(teacher.url, concurrent=1, give_up=3).generate(requests(50), SAMPLING)
+        assert len(teacher.asked) == 3
 
 
 def test_a_filtered_answer_is_an_error():

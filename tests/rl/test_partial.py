@@ -1,6 +1,7 @@
 """Partial rollouts: written in pieces, the same as in one; what earlier policies wrote stays out of the loss."""
 
 import io
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from fake_rollouts import FakeEngine, SumReward, problem, read
 
 from kimivl.rl.advantages import advantages
 from kimivl.rl.collect import Collector, Plan
+from kimivl.rl.gates import Gates
 from kimivl.rl.mismatch import Mismatch
 from kimivl.rl.partial import Draft, OpenGroup, PartialRollouts, weigh
 from kimivl.rl.sampler import ProblemSampler
@@ -65,7 +67,7 @@ def test_the_buffer_is_bounded_and_its_problems_are_not_drawn_again():
         run(maker, 1, engine, iteration)
         asked = [request.problem.number for request in engine.requests[before:] if not request.prefix]
         assert not set(asked) & set(waiting)
-        assert len(maker.waiting) <= 6
+        assert len(maker.waiting) <= 6 and set(maker._problems) == set(maker.waiting.groups)  # no other is held
         assert all(iteration - group.born < 24 / 4 for group in maker.waiting.groups.values())
 
 
@@ -139,10 +141,15 @@ def test_a_response_lost_while_it_waited_counts_no_tokens_and_is_left_out():
     maker, answer = collector(budget=4), FakeEngine(mean=10).answer
     run(maker, 1, FakeEngine(mean=10))
     engine = FakeEngine(mean=10)
-    engine.answer = lambda asked, how: Response((), "", "error") if asked.prefix else answer(asked, how)
+    given = []
+    engine.answer = lambda asked, how: (
+        Response((), "", "error") if asked.prefix else given.append(answer(asked, how)) or given[-1]
+    )
     [found] = run(maker, 1, engine, start=1)
-    lost = sum(bool(request.prefix) for request in engine.requests)
-    assert found.figures["reward/failures/engine"] == lost and found.figures["perf/rollout_tokens_per_s"] >= 0
+    figures, lost = found.figures, sum(bool(request.prefix) for request in engine.requests)
+    assert lost and figures["reward/failures/engine"] == lost
+    drawn = figures["perf/rollout_tokens_per_s"] * figures["perf/generate_s"]
+    assert drawn == pytest.approx(sum(map(len, given)))
 
 
 def weighed(off_policy, mismatch=Mismatch(), logp=True):  # noqa: B008
@@ -178,6 +185,21 @@ def test_the_mismatch_of_engine_and_trainer_is_that_of_the_current_policy():
     experience.weight[:] = 1
     experience.ref_logp = torch.where(old, experience.ref_logp + 3, experience.rollout_logp)
     assert weigh(experience, "drop", Mismatch())["policy/mismatch_max"] == 0
+
+
+def test_rounds_do_not_draw_what_waits():
+    sampler = ProblemSampler({"difficulty": np.zeros(12, np.int64)}, seed=3, gates=Gates(zero_advantage=True))
+    plan, engine = Plan(problems=6, responses=2, seed=5, budget=4, rounds=3), FakeEngine(mean=6)
+    maker = Collector(sampler, read, Sampling(24), advantages, plan)
+    maker.collect(engine, SumReward(always=1.0), 0, 0.0)
+    asked = Counter(request.problem.number for request in engine.requests if not request.prefix)
+    assert len(asked) > 6 and set(asked.values()) == {2}
+
+
+def test_an_iteration_that_trains_on_nothing_stays_without_weight():
+    experience, _, _ = weighed("importance")
+    experience.weight.zero_()
+    assert weigh(experience, "importance", Mismatch()) == {} and not experience.weight.any()
 
 
 def test_rounds_do_not_draw_for_groups_that_wait():

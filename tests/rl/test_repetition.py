@@ -56,6 +56,11 @@ def test_ngrams(tokens, repeats):
     assert NGRAMS(whole) is repeats
 
 
+def test_it_counts_ngrams_at_every_fourth_of_them():
+    whole = VARIED[:17] + PIECE + VARIED[20:40] + PIECE + VARIED[50:60] + PIECE + VARIED[70:200]
+    assert [n for n in range(1, 100) if NGRAMS(whole[:n])] == [64]  # at 96 the first is out of the window
+
+
 def test_it_looks_at_some_lengths_only():
     loop = [1, 2, 3, 4] * 30
     assert [length for length in range(1, 60) if PERIODS(loop[:length])] == [16, 24, 32, 40, 48, 56]

@@ -34,6 +34,7 @@ def test_only_the_text_after_the_closing_mark_counts():
     assert answer_text(response("◁think▷\\boxed{1}◁/think▷\\boxed{2}"), thinking=True) == "\\boxed{2}"
     assert answer_text(response("\\boxed{2}"), thinking=True) is None
     assert answer_text(response("◁think▷◁/think▷x◁/think▷y"), thinking=True) == "y"
+    assert answer_text(response("◁think▷◁/think▷x◁think▷y"), thinking=True) == "x", "thinking that goes on"
     assert answer_text(response("\\boxed{2}"), thinking=False) == "\\boxed{2}"
     assert answer_text(response("", 0), thinking=True) is None
 

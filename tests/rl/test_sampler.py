@@ -117,6 +117,14 @@ def test_forgetting_halves_the_distance_to_what_was_expected():
         assert sampler.success_rate(iteration).tolist() == pytest.approx([golden, 0.5])
 
 
+def test_a_visit_adds_to_what_is_left_of_the_ones_before():
+    sampler = make([1], {"pass_rate": np.array([0.2])}, momentum=0.5, half_life=10)
+    visit(sampler, [1.0], iteration=5)
+    assert sampler.rate.tolist() == pytest.approx([0.6])  # half of it is the assessment's
+    visit(sampler, [1.0], iteration=15)
+    assert sampler.rate.tolist() == pytest.approx([(0.2 + 0.4 / 2 + 1) / 2])
+
+
 def test_without_a_half_life_nothing_is_forgotten():
     sampler = make([1, 1])
     visit(sampler, [1.0, 0.0])
@@ -281,6 +289,8 @@ def test_figures():
         "sampler/never_solved": 1.0,
         "sampler/retired": 1.0,
     }
+    sampler.sample(1, 3, 1.0, leave_out=[0, 1, 2], attempt=1)  # the first draw of iteration 3: groups waited before
+    assert sampler.figures(1.0)["sampler/difficulty"] == 2.0
 
 
 def used_sampler() -> ProblemSampler:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +107,50 @@ def test_a_pool_whose_workers_no_longer_start_keeps_what_it_has(pool, monkeypatc
     said = judged(pool, "exit", "right", "kill", "wrong")
     assert set(said) <= {"crash", 1.0, 0.0} and said[0] == "crash"
     assert len(said) == 4
+
+
+def test_a_case_that_nobody_could_judge_is_tried_again(pool, monkeypatch):
+    assert judged(pool, "right") == [1.0]
+    with monkeypatch.context() as broken:
+        broken.setattr(workers_module, "_COMMAND", "import sys; sys.exit(1)  # {path} {handle}")
+        said = judged(pool, "exit", "kill", "wrong", "other")
+        assert said.count("crash") >= 2
+    assert judged(pool, "wrong", "other") == [0.0, 0.0]
+
+
+def test_a_process_that_cannot_be_made_costs_no_answer_while_another_works(monkeypatch):
+    pool = VerifierPool(misbehave, workers=1, timeout=TIMEOUT)
+    assert judged(pool, "right") == [1.0]
+    tries = []
+
+    def no_process(*args, **settings):
+        tries.append(1)
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(workers_module.subprocess, "Popen", no_process)
+    pool.workers = 2
+    assert judged(pool, *(f"other {number}" for number in range(40))) == [0.0] * 40
+    assert 1 <= len(tries) <= workers_module.ATTEMPTS
+    pool.close()
+    with pytest.raises(ValueError, match="OSError: Cannot allocate memory"):
+        judged(VerifierPool(misbehave, workers=1), "x")
+
+
+def test_what_a_verifier_has_started_ends_with_it(pool, tmp_path):
+    assert judged(pool, f"child {tmp_path / 'pid'}") == ["timeout"]
+    assert_gone([int((tmp_path / "pid").read_text())], 3)
+
+
+def test_to_close_waits_for_what_another_thread_asked(pool):
+    judged(pool, "right")
+    said: list[float | str] = []
+    thread = threading.Thread(target=lambda: said.extend(judged(pool, "slow", "right")))
+    thread.start()
+    time.sleep(0.3)
+    pool.close()
+    assert pool._pool == []
+    thread.join(30)
+    assert said == [0.0, 1.0]
 
 
 def test_a_copy_has_workers_of_its_own(pool):

@@ -1,6 +1,8 @@
 """An RL run that was interrupted goes on bit for bit: between and inside iterations, and while it collects."""
 
 import logging
+import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from kimivl.callbacks import Preemption
+from kimivl.config import Interrupted
+from kimivl.rl.collect import Collector
 from kimivl.rl.hf import HFRolloutEngine
 
 SHORT = [
@@ -57,6 +62,8 @@ def test_resumed_anywhere_with_partial_rollouts_and_several_packs(fit, whole, tm
         resumed, again = fit("rl", *PARTIAL, ckpt_path=checkpoint)
         assert again.global_step == 6 and equal(resumed, module), step
         assert records(tmp_path) == lines
+    with pytest.raises(ValueError, match="inside iteration 0, whose responses were dealt into other packs: go on"):
+        fit("rl", *PARTIAL, "data.max_length=160", ckpt_path=tmp_path / "steps/step=1.ckpt")
     trainer.save_checkpoint(tmp_path / "finished.ckpt")
     finished, again = fit("rl", *PARTIAL, ckpt_path=tmp_path / "finished.ckpt")
     assert equal(finished, module) and records(tmp_path) == lines  # and no rollouts for an iteration that never comes
@@ -105,6 +112,47 @@ def test_an_engine_that_dies_loses_nothing(fit, tmp_path, monkeypatch):
     assert len(set(asked)) == len(asked) == 12 * 3 + 1  # each was drawn once
     assert equal(resumed, module) and records(tmp_path) == lines
     assert not list((tmp_path / "rollouts").glob("*.partial"))
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 2])
+@pytest.mark.parametrize("fault", [signal.SIGTERM, RuntimeError("out of memory")], ids=["signal", "engine"])
+def test_stopped_in_the_rollouts(fit, tmp_path, monkeypatch, iteration, fault):
+    """No checkpoint but the one that the stop leaves: the run goes on from there, with the responses that were there."""
+    module, _ = fit("rl", *PARTIAL)
+    lines = records(tmp_path)
+    shutil.rmtree(tmp_path / "rollouts")
+    stream, begun = HFRolloutEngine.stream, []
+
+    def stopping(self, requests, sampling):
+        begun.append(len(requests))
+        for count, found in enumerate(stream(self, requests, sampling)):
+            if count == 3 and not fault_seen and trainer_iteration(self) == iteration:
+                fault_seen.append(True)
+                if isinstance(fault, Exception):
+                    raise fault
+                signal.raise_signal(fault)
+            yield found
+
+    fault_seen: list[bool] = []
+    engines: dict[int, int] = {}
+
+    def trainer_iteration(engine) -> int:
+        return engines.get(id(engine), -1)
+
+    def counting(collector, engine, *args, **kwargs):
+        engines[id(engine)] = args[1]
+        return collect(collector, engine, *args, **kwargs)
+
+    collect = Collector.collect
+    monkeypatch.setattr(Collector, "collect", counting)
+    monkeypatch.setattr(HFRolloutEngine, "stream", stopping)
+    checkpoint = tmp_path / "last.ckpt"
+    with pytest.raises(ValueError if isinstance(fault, Exception) else Interrupted, match="are kept"):
+        fit("rl", *PARTIAL, callbacks=[Preemption(str(checkpoint))])
+    assert fault_seen and checkpoint.exists() == (iteration > 0)
+    assert list((tmp_path / f"rollouts/{iteration:06d}.partial").iterdir())
+    resumed, again = fit("rl", *PARTIAL, ckpt_path=checkpoint if iteration else None)
+    assert again.global_step == 6 and equal(resumed, module) and records(tmp_path) == lines
 
 
 def test_rollouts_ahead_of_training(fit, tmp_path, caplog):

@@ -155,6 +155,8 @@ def test_wrong_checks_are_named(settings, key):
 def test_a_judgement_must_speak_of_every_behaviour():
     names = ("planning", "reflection")
     assert Judge.read("planning: yes\n* Reflection: **No**", names) == {"planning": True, "reflection": False}
+    thought = "planning: no\nreflection: no, but◁/think▷planning: yes\nreflection: yes"
+    assert Judge.read("◁think▷" + thought, names) == {"planning": True, "reflection": True}
     assert Judge.read("planning: yes", names) is None
     with pytest.raises(ValueError, match="template"):
         Judge(lambda policy: None, template="hello {names}")

@@ -12,7 +12,7 @@ Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 with x1 < x2 and y1 < y2."""
 
 MAX_BOXES = 64
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _CORNERS = ("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("left", "top", "right", "bottom")
 _NAMED = re.compile(
     rf"[\"']?\b(x1|y1|x2|y2|[xy]_?min|[xy]_?max|left|top|right|bottom)\b[\"']?\s*[:=]\s*({_NUMBER})", re.I

@@ -57,6 +57,9 @@ class Choice:
         single = re.match(rf"[\[({{]*\s*({one})\s*(?:[\])}}]+|$|[.:,]\s|[.:]$|\s+[-\u2013\u2014]\s)", answer)
         if single is None or (single.group(1).islower() and single.end() == 1 and len(answer) > 1):
             return frozenset()
+        more = rf"\s*(?:or|and|,|;|/|&)\s*\(?(?![AI]\s+[A-Za-z])[{self.letters}](?![^\W_])"
+        if re.match(more, answer[single.end() :]):  # `A) or B)` is no answer, whichever was expected
+            return frozenset({single.group(1).upper(), "?"})
         return frozenset(single.group(1).upper())
 
     def _marked(self, answer: str) -> frozenset[str]:

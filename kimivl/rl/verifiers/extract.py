@@ -19,6 +19,8 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(r"\banswers?\b[^\n.:=]{0,40}?(?:\b(?:is|are)\b|[:=])|####", re.IGNORECASE)
 _LEAD = re.compile(r"[\s:*_#>]*")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_SPACES = re.compile(r"[^\S\n]+")
+_LINES = re.compile(r" ?\n[ \n]*")
 
 
 def boxed_contents(text: str) -> list[str]:
@@ -88,9 +90,17 @@ def strip_marks(text: str) -> str:
 
 
 def final_answer(text: str, place: Place = "whole") -> str | None:
-    """The answer that a text gives, at the first of the places up to ``place`` where there is one; None for none."""
+    """The answer that a text gives, at the first of the places up to ``place`` where there is one; None for none.
+
+    A run of spaces comes as one, and of line ends too: patterns that allow for spaces between what they read would
+    otherwise take quadratic time, or worse, on a model that writes thousands of them.
+    """
     if (found := last_boxed(text)) is not None:
-        return strip_marks(found) or None
+        return _strip(found)
     if place != "boxed" and (found := stated(text)):
-        return found
-    return (strip_marks(text) or None) if place == "whole" else None
+        return _strip(found)
+    return _strip(text) if place == "whole" else None
+
+
+def _strip(answer: str) -> str | None:
+    return strip_marks(_LINES.sub("\n", _SPACES.sub(" ", answer))) or None

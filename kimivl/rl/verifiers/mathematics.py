@@ -14,6 +14,8 @@ from kimivl.rl.verifiers.numbers import Quantity, parse_quantity
 
 PLACES = 6
 """Decimals that a rounded number must have right."""
+FIGURES = 200
+"""A rounded number may be off by its 200th part at most: ``0`` is not a small number, whatever its decimals."""
 MAX_LENGTH = 1_000
 MAX_DEPTH = 30
 
@@ -22,6 +24,8 @@ _HUGE = re.compile(
     r"|(?:\^|\*\*)\s*[{(]*\s*[-+]?(?:\d{5}|\d+\s*[})]*\s*(?:\^|\*\*))"  # an exponent above 9999, or a tower
     r"|\d{4}\s*!|!\s*!|\)\s*!"  # a large factorial
 )
+_TO_DO = re.compile(r"(?:.*=)?[\d.,()]+(?:[-+*\u00f7][-+]*[\d.,()]+)+", re.DOTALL)
+"""Numbers that are still to be added, subtracted or multiplied."""
 _UNITLESS = {"", "%", "$", "deg"}
 _SQRT = re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|exp|infty)(?![a-zA-Z])")
@@ -33,7 +37,8 @@ _SIGNS = str.maketrans(
 @dataclass(frozen=True)
 class Mathematics:
     r"""The final answer equals the expected one: ``\frac{1}{2}`` is ``0.5``, ``x(x+1)`` is ``x^2+x``, ``\{2, 1\}`` is
-    ``\{1, 2\}``, ``(0, 1]`` is not ``[0, 1]``.
+    ``\{1, 2\}``, ``(0, 1]`` is not ``[0, 1]``. Where a number is expected, a sum, difference or product of numbers
+    (``3+4`` for ``7``) is no answer: it may be the question said again.
 
     Computer algebra may take any time and memory, so this verifier wants worker processes (``reward.workers``); what
     ``settle`` can say needs none. An answer that is beyond all measure (towers of powers, endless nesting) where the
@@ -48,13 +53,15 @@ class Mathematics:
     def settle(self, text: str, expected: str) -> bool | None:
         """Literal and numerical equality; None where only computer algebra can tell."""
         answer = final_answer(text, self.place)
-        if answer is None:
+        if answer is None or len(answer) > MAX_LENGTH >= len(expected):
             return False
         given, wanted = _read(answer), _read(expected)
         if given.normal == wanted.normal:
             return True
         if given.quantity is not None and wanted.quantity is not None:
             return _same_number(given.quantity, wanted.quantity)
+        if wanted.quantity is not None and _TO_DO.fullmatch(given.normal):
+            return False
         return False if given.is_huge and not wanted.is_huge else None
 
     def prepare(self) -> None:
@@ -108,7 +115,9 @@ def _same_number(given: Quantity, wanted: Quantity) -> bool:
     if any(reading == wanted.value for reading in readings):
         return True
     return (given.decimal or wanted.decimal) and any(
-        round(reading, PLACES) == round(wanted.value, PLACES) for reading in readings
+        round(reading, PLACES) == round(wanted.value, PLACES)
+        and abs(reading - wanted.value) * FIGURES <= abs(wanted.value)
+        for reading in readings
     )
 
 

@@ -37,7 +37,7 @@ _PLAIN = [
     (re.compile(r"\\(?:approx|simeq|sim)(?![a-zA-Z])|\u2248"), "="),
 ]
 _NAMED = re.compile(r"^\s*(?:[A-Za-z]\w{0,20}|\\[a-z]+|[A-Za-z]\([a-z]\))?\s*=\s*")
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?(?!\d)|\d+\.?\d*|\.\d+)"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d*)?|\.\d+)"
 _POWER = r"10\s*(?:\^|\*\*)\s*[{(]*\s*(?P<power>[-+]?\d+)\s*[})]*"
 _FORMS = [
     re.compile(form + r"\s*(?P<unit>.*)$", re.DOTALL)
@@ -71,11 +71,13 @@ def plain(text: str) -> str:
     return text.replace("$ ", "$").strip()
 
 
-@lru_cache(maxsize=65_536)
 def parse_quantity(text: str) -> Quantity | None:
     """The number that ``text`` is, with its unit; None where it is anything else than one number."""
-    if not text or len(text) > MAX_LENGTH:
-        return None
+    return _parse(text) if 0 < len(text) <= MAX_LENGTH else None
+
+
+@lru_cache(maxsize=65_536)
+def _parse(text: str) -> Quantity | None:
     text = _NAMED.sub("", plain(text)).strip().rstrip(".")
     text = _SPELLED.get(text.lower(), text)
     for sign, fraction in _VULGAR.items():
@@ -121,8 +123,14 @@ _IN_TEXT = re.compile(
 )
 
 
+_LIST = re.compile(r"\d,(?!\d{3}(?!\d))\d")
+"""A comma between digits that parts no thousands."""
+
+
 def only_number(text: str) -> Quantity | None:
     """The number that a sentence names, where it names one and no other: "There are 12 apples."."""
+    if _LIST.search(text):
+        return None
     found = {match["number"]: match["word"] for match in _IN_TEXT.finditer(plain(text[: 20 * MAX_LENGTH]))}
     if len(found) != 1:
         return None

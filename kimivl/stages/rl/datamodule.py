@@ -112,6 +112,7 @@ class RLDataModule(StageDataModule):
         self._collector: Collector | None = None
         self._ahead: RolloutsAhead | None = None
         self._least_packs = 0
+        self._dealt: Deal | None = None
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "sampler"):
@@ -177,6 +178,13 @@ class RLDataModule(StageDataModule):
                 self._collect(iteration)
         assert self.experience is not None
         dealt = self._deal(self.experience)
+        if resumed and self._dealt not in (None, dealt):
+            raise ValueError(
+                f"the checkpoint is inside iteration {iteration}, whose responses were dealt into other packs: go on "
+                "with the data.updates, data.max_length, data.seed and trainer.accumulate_grad_batches of its run, or "
+                "from a checkpoint between iterations"
+            )
+        self._dealt = dealt
         # Lightning reads it at every batch; the next iteration begins with its first.
         self.trainer.accumulate_grad_batches = dealt.packs_per_step
         steps = self.trainer.global_step - iteration * self.updates if resumed else 0
@@ -197,7 +205,9 @@ class RLDataModule(StageDataModule):
         figures: dict[str, float] = {} if ahead is None else {"perf/waited_s": waited}
         if collected is None:
             figures |= self._sync()
+            self._tell("on_rollouts_start")
             collected = self._collect_now(iteration, iteration)
+            self._tell("on_rollouts_end")
             version: int | None = iteration
         else:
             version = iteration if ahead is not None and ahead.idle else None
@@ -206,7 +216,13 @@ class RLDataModule(StageDataModule):
         self._state = collected.state
         self.figures = collected.figures | figures | self._fill_reference(self.experience)
         if ahead is not None and version is not None:
-            ahead.go_on(iteration, version)
+            ahead.go_on(iteration)
+
+    def _tell(self, hook: str) -> None:
+        """Callbacks that have this hook: Lightning has none for what comes before the first step."""
+        assert self.trainer is not None
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            getattr(callback, hook, lambda: None)()
 
     def _sync(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -228,8 +244,8 @@ class RLDataModule(StageDataModule):
         )
 
     def _policy(self) -> str:
-        """What tells the policy, and what and how it is asked, from another: a step of the run, a sample of its weights,
-        the settings, and the set of problems."""
+        """What tells the policy, and what it is asked and how, from another: a step of the run, a sample of its
+        weights, the settings, and the set of problems."""
         assert self.trainer is not None
         asked = f"{self.trainer.global_step} {self.sampling} {self.plan} {self.sampler.digest}"
         digest = hashlib.sha256(asked.encode())
@@ -303,6 +319,7 @@ class RLDataModule(StageDataModule):
         kept = experience and {field.name: getattr(experience, field.name) for field in fields(Experience)}
         return {
             "experience": kept,
+            "deal": self._dealt and list(self._dealt),
             "figures": self.figures,
             "collector": self._state or self.collector.state_dict(),
             "in_flight": 0 if self._ahead is None else self._ahead.in_flight,
@@ -312,6 +329,7 @@ class RLDataModule(StageDataModule):
         kept = state_dict["experience"]
         self.experience = kept and Experience(**kept)
         self._problems = {}
+        self._dealt = state_dict["deal"] and Deal(*state_dict["deal"])
         self.figures = state_dict["figures"]
         self._state = state_dict["collector"]
         self.sampler.load_state_dict(self._state["sampler"])

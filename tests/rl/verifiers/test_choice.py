@@ -38,6 +38,9 @@ RIGHT = [
     ("A", "A. Rome"),
     ("Looking at the picture, I choose option B because it is red.", "B"),
     ("It must be (B), since the sky is blue.", "B"),
+    ("(B), a dog", "B"),
+    ("(B) and I am sure", "B"),
+    ("(B), A dog", "B"),
     ("A, C", "A, C"),
     ("C and A", "A, C"),
     ("AC", "A, C"),
@@ -63,6 +66,10 @@ WRONG = [
     ("A, B, C", "A, C"),
     ("BB", "B"),
     ("Be careful", "B"),
+    (r"\boxed{\text{B) or C)}}", "B"),
+    (r"\boxed{\text{B) or C) or D)}}", "B, C"),
+    ("(B), (C)", "B"),
+    ("B. / C.", "B"),
 ]
 
 

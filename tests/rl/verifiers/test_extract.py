@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from kimivl.rl.verifiers import Boxes, Choice, Exact, Items, Mathematics, Numeric, boxed
 from kimivl.rl.verifiers.extract import boxed_contents, final_answer, last_boxed, stated
 
 
@@ -86,3 +87,31 @@ def test_time_grows_no_faster_than_the_text(text):
     started = time.process_time()
     final_answer(text)
     assert time.process_time() - started < 2
+
+
+def test_runs_of_spaces_count_as_one():
+    assert final_answer("a  \t b \n \n  c") == "a b\nc"
+    assert final_answer("\\boxed{5\u00a0 \u2009cm}") == "5 cm"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + " " * 20_000 + "b",
+        "A" + "\n \t" * 10_000 + "!",
+        "^" + " " * 20_000 + "b",
+        "1" * 60_000 + "a1",
+        "A " * 9_000,
+    ],
+    ids=["spaces", "lines", "caret", "digits", "letters"],
+)
+@pytest.mark.parametrize(
+    ("verifier", "expected"),
+    [(Mathematics().settle, "5"), (Exact(), "5"), (Choice(), "B"), (Numeric(), "5"), (Items(), "5, 6")]
+    + [(Boxes(), "[1, 2, 3, 4]"), (boxed, "5")],
+    ids=["mathematics", "exact", "choice", "numeric", "items", "boxes", "boxed"],
+)
+def test_what_runs_in_the_training_process_cannot_be_kept_busy(verifier, expected, text):
+    started = time.process_time()
+    assert not verifier(text, expected)
+    assert time.process_time() - started < 1
