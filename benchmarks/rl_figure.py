@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rl_report import COMPARISONS, Reached, Runs, curve, reached, seeds
+from benchmarks.rl_report import COMPARISONS, Reached, Runs, Shown, curve, reached, seeds
 
 COLOURS = ("#6b7280", "#d1495b")
 """Of the arm that others are compared with, and of the other one: apart in grey too."""
@@ -29,10 +29,10 @@ def draw(runs: Runs, path: Path) -> None:
             curves = COMPARISONS[comparison].curves
             rows = columns[column].subgridspec(len(curves), 1)
             axes = [figure.add_subplot(rows[row]) for row in range(len(curves))]
-            for axis, (kind, name) in zip(axes, curves, strict=True):
-                _panel(axis, arms, kind, name)
+            for axis, shown in zip(axes, curves, strict=True):
+                _panel(axis, arms, shown)
             axes[0].set_title(COMPARISONS[comparison].title, loc="left", fontweight="bold")
-            axes[0].legend(loc="best", title=LEGEND[curves[0][0]], title_fontsize=8, alignment="left")
+            axes[0].legend(loc="best", title=LEGEND[curves[0].kind], title_fontsize=8, alignment="left")
             axes[-1].set_xlabel("sampled tokens (thousands)")
             for axis in axes[:-1]:
                 axis.tick_params(labelbottom=False)
@@ -40,20 +40,22 @@ def draw(runs: Runs, path: Path) -> None:
         plt.close(figure)
 
 
-def _panel(axis: Any, arms: dict[str, Any], kind: str, name: str) -> None:
+def _panel(axis: Any, arms: dict[str, Any], shown: Shown) -> None:
     for colour, (arm, of_seeds) in zip(COLOURS, arms.items(), strict=True):
-        mean = curve(of_seeds, kind, name)
+        mean = curve(of_seeds, shown)
         thousands = mean.tokens / 1000
         axis.plot(thousands, mean.mean, color=colour, linewidth=1.8, label=f"{arm} ({seeds(of_seeds)})")
         axis.fill_between(
             thousands, mean.mean - mean.half, mean.mean + mean.half, color=colour, alpha=0.18, linewidth=0
         )
-    axis.set_ylabel(NAMES[name])
+    axis.set_ylabel(NAMES[shown.name])
     axis.grid(axis="y", alpha=0.25)
-    if name == "length":
+    if shown.name == "length":
         axis.set_ylim(bottom=0)
-    if kind == "val":
-        _mark(axis, reached(arms, kind, name))
+    else:
+        axis.set_ylim(top=min(axis.get_ylim()[1], 1.0))
+    if shown.kind == "val":
+        _mark(axis, reached(arms, shown))
 
 
 def _mark(axis: Any, found: Reached) -> None:

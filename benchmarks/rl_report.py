@@ -14,20 +14,29 @@ from benchmarks.rl_curves import Curve, Estimate, Run, estimate, mean_curve, tok
 Runs = dict[str, dict[str, dict[int, Run]]]
 """Comparison -> arm, the one that others are compared with first -> seed -> run."""
 
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared, and the curves that show it: ``sampled`` of the responses trained on, ``together`` iterations a
-    point, or ``val`` of held-out problems."""
 
-    title: str
-    curves: tuple[tuple[str, str], ...]
+@dataclass(frozen=True)
+class Shown:
+    """A curve: a metric of held-out problems (``val``), or of the responses trained on (``sampled``), then the mean of
+    ``together`` iterations a point."""
+
+    kind: str
+    name: str
     together: int = 1
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and the curves that show it."""
+
+    title: str
+    curves: tuple[Shown, ...]
+
+
 COMPARISONS = {
-    "length": Comparison("Length reward", (("sampled", "length"), ("sampled", "accuracy")), 5),
-    "sampler": Comparison("Sampling of problems", (("val", "sampled_accuracy"),)),
-    "objective": Comparison("Objective", (("sampled", "accuracy"),), 2),
+    "length": Comparison("Length reward", (Shown("sampled", "length", 5), Shown("sampled", "accuracy", 5))),
+    "sampler": Comparison("Sampling of problems", (Shown("val", "sampled_accuracy"),)),
+    "objective": Comparison("Objective", (Shown("sampled", "accuracy", 2),)),
 }
 
 FIGURES = {
@@ -43,14 +52,14 @@ def seeds(of_arm: Mapping[int, Run]) -> str:
     return f"{len(of_arm)} seed{'s' if len(of_arm) > 1 else ''}"
 
 
-def points(run: Run, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+def points(run: Run, shown: Shown) -> tuple[np.ndarray, np.ndarray]:
     """A curve of one run."""
-    return run.validation(name) if kind == "val" else run.sampled(name, TOGETHER)
+    return run.validation(shown.name) if shown.kind == "val" else run.sampled(shown.name, shown.together)
 
 
-def curve(runs: Mapping[int, Run], kind: str, name: str) -> Curve:
+def curve(runs: Mapping[int, Run], shown: Shown) -> Curve:
     """The mean of the seeds."""
-    return mean_curve([points(run, kind, name) for run in runs.values()])
+    return mean_curve([points(run, shown) for run in runs.values()])
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,12 @@ class Reached:
     of_seeds: dict[str, list[float]]
 
 
-def reached(arms: Mapping[str, Mapping[int, Run]], kind: str, name: str) -> Reached:
+def reached(arms: Mapping[str, Mapping[int, Run]], shown: Shown) -> Reached:
     """See ``Reached``; the first arm is measured too: it may come to its last value before its end."""
-    means = {arm: curve(runs, kind, name) for arm, runs in arms.items()}
+    means = {arm: curve(runs, shown) for arm, runs in arms.items()}
     goal = float(next(iter(means.values())).mean[-1])
     tokens = {arm: tokens_to_reach((mean.tokens, mean.mean), goal) for arm, mean in means.items()}
-    seeds = {
-        arm: [tokens_to_reach(points(run, kind, name), goal) for run in runs.values()] for arm, runs in arms.items()
-    }
+    seeds = {arm: [tokens_to_reach(points(run, shown), goal) for run in runs.values()] for arm, runs in arms.items()}
     return Reached(goal, tokens, seeds)
 
 
@@ -106,10 +113,10 @@ def _table(comparison: str, arms: dict[str, dict[int, Run]]) -> Table:
     table.add_row("length, relative", *("" for _ in arms), *shares)
     sampled = [estimate([run.tokens[-1] for run in of_seeds.values()]) for of_seeds in arms.values()]
     table.add_row("sampled, 1000 tokens", *(value.text("{:.0f}", 1e-3) for value in sampled))
-    kind, name = about.curves[-1]
-    found = reached(arms, kind, name)
+    shown = about.curves[-1]
+    found = reached(arms, shown)
     table.add_row(
-        f"1000 tokens to {found.goal:.1%} ({kind})", *(f"{value / 1000:.0f}" for value in found.tokens.values())
+        f"1000 tokens to {found.goal:.1%} ({shown.kind})", *(f"{value / 1000:.0f}" for value in found.tokens.values())
     )
     return table
 
@@ -127,15 +134,15 @@ def _figures(comparison: str, arms: dict[str, dict[int, Run]]) -> dict[str, Any]
             "tokens": [int(run.tokens[-1]) for run in of_seeds.values()],
             "test": {figure: [run.metrics[figure] for run in of_seeds.values()] for figure in FIGURES},
         }
-        for kind, name in COMPARISONS[comparison].curves:
-            mean = curve(of_seeds, kind, name)
-            found[arm][f"{kind}/{name}"] = {
+        for shown in COMPARISONS[comparison].curves:
+            mean = curve(of_seeds, shown)
+            found[arm][f"{shown.kind}/{shown.name}"] = {
                 "tokens": mean.tokens.round().tolist(),
                 "mean": mean.mean.tolist(),
                 "interval_95": mean.half.tolist(),
             }
-    for kind, name in COMPARISONS[comparison].curves:
-        if name.endswith("accuracy"):
-            goal = reached(arms, kind, name)
+    for shown in COMPARISONS[comparison].curves:
+        if shown.name.endswith("accuracy"):
+            goal = reached(arms, shown)
             found["reached"] = {"goal": goal.goal, "tokens": goal.tokens, "seeds": goal.of_seeds}
     return found

@@ -174,10 +174,14 @@ def _check_target(node: DictConfig, path: str) -> Iterator[tuple[str, str]]:
 
 def _locate(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
+    if not module:
+        raise ImportError("give the module too, as package.module.Name")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError:
         owner, _, method = module.rpartition(".")  # a class's own constructor, such as Class.from_x
+        if not owner:
+            raise
         return getattr(getattr(importlib.import_module(owner), method), attribute)
 
 

@@ -36,14 +36,6 @@ _MAY_DIFFER = {
     "module.activation_checkpointing",
     "kernels",
     "module.kernels",
-    "rollout.max_rows",
-    "module.rollout.max_rows",
-    "rollout.prefill_tokens",
-    "module.rollout.prefill_tokens",
-    "reward.workers",
-    "module.reward.workers",
-    "reward.memory_gb",
-    "module.reward.memory_gb",
     "test",
     "data.num_workers",
     "data.max_dropped",
@@ -51,6 +43,15 @@ _MAY_DIFFER = {
     "data.cache_gb",
     "trainer.log_every_n_steps",
     "trainer.check_val_every_n_epoch",
+}
+_SERVICES = {
+    "rollout": "max_rows prefill_tokens kv_cache_gb enforce_eager sleep url in_flight timeout retries backoff sync_dir "
+    "sync_timeout",
+    "reward": "workers timeout memory_gb",
+}
+"""Where and with what means responses are drawn and judged, not which or how."""
+_MAY_DIFFER |= {
+    f"{owner}{group}.{key}" for group, keys in _SERVICES.items() for key in keys.split() for owner in ("", "module.")
 }
 """Keys that a run may change when it goes on from its own checkpoint."""
 

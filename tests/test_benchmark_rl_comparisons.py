@@ -89,7 +89,7 @@ def test_arms_are_compared_seed_by_seed(runs):
     assert found.mean == pytest.approx(0.01) and found.half == pytest.approx(0.0, abs=1e-9)
     del arms["first"][2]
     assert len(difference(arms, "other", "test/sampled_accuracy").values) == 2
-    goal = reached(arms, "val", "sampled_accuracy")
+    goal = reached(arms, COMPARISONS["sampler"].curves[0])
     assert goal.tokens["other"] < goal.tokens["first"] < math.inf
 
 
@@ -141,4 +141,11 @@ def test_a_run_that_has_ended_is_not_run_again_and_one_that_fails_is_named(tmp_p
 def test_the_command_says_what_it_does_not_know(tmp_path, capsys):
     assert main(["--only", "lenght", "--out", str(tmp_path)]) == 2
     assert "choose from length, sampler, objective" in capsys.readouterr().err
+    # A comparison is shown once each of its arms has a run.
+    make_run(tmp_path / "runs" / "length" / "without" / "seed_1", 1)
     assert main(["--no-runs", "--out", str(tmp_path)]) == 0
+    assert "Length reward" not in capsys.readouterr().out
+    make_run(tmp_path / "runs" / "length" / "length_reward" / "seed_1", 1)
+    assert main(["--no-runs", "--out", str(tmp_path), "--json", str(tmp_path / "out.json")]) == 0
+    assert "Length reward" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out.json").read_text())) == ["length"]

@@ -294,7 +294,7 @@ class Collector:
             "perf/rollout_tokens_per_s": this.tokens / max(this.seconds["perf/generate_s"], 1e-9),
         }
         self.record.write(this.number, rows_of(this.number, scored, experience))
-        this.kept.remove()
+        this.kept.save()
         needed = {group.problem.number for group in used}
         problems = {number: self._problems[number] for number in needed}
         self._problems = {number: self._problems[number] for number in self.waiting.groups if number in self._problems}

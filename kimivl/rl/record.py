@@ -22,7 +22,7 @@ SAVE_EVERY = 60.0
 
 class RolloutRecord:
     """The folder ``data.rollouts``: ``000012.jsonl`` with a line per group of iteration 12, once it is collected, and
-    ``000012.partial/`` with the responses so far, while it is collected.
+    ``000012.partial/`` with its responses from the time they are drawn until a checkpoint has them.
 
     Files are written whole or not at all. The responses of an interrupted iteration are used again by the policy that
     drew them, and only by it: after a resume from an earlier step that came out differently they are drawn anew.
@@ -35,15 +35,20 @@ class RolloutRecord:
         self.folder = folder
 
     def begin(self, iteration: int) -> None:
-        """Remove what later iterations left there: a run that was gone back in, or started anew, takes their place."""
-        for path in [] if self.folder is None else list(self.folder.glob("[0-9]*.*")):
-            number, kind = path.name.split(".", 1)
-            if not number.isdigit() or int(number) < iteration:
-                continue
-            if kind == "jsonl":
+        """Remove the lines of later iterations: a run that was gone back in, or started anew, takes their place."""
+        for number, path in self._files("jsonl"):
+            if number >= iteration:
                 path.unlink()
-            elif kind == "partial" and int(number) > iteration:
-                shutil.rmtree(path)
+
+    def saved(self, iteration: int) -> None:
+        """A checkpoint has the experience of this iteration: the responses up to it are needed no more."""
+        for number, path in self._files("partial"):
+            if number <= iteration:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _files(self, kind: str) -> list[tuple[int, Path]]:
+        found = [] if self.folder is None else self.folder.glob(f"[0-9]*.{kind}")
+        return [(int(path.stem), path) for path in found if path.stem.isdigit()]
 
     def kept(self, iteration: int, policy: Callable[[], str]) -> KeptResponses:
         """The responses that an interrupted collection of this iteration has left."""
@@ -112,7 +117,6 @@ class KeptResponses:
         self._files, self._unsaved, self._saved_at = self._files + 1, [], time.monotonic()
 
     def remove(self) -> None:
-        """The iteration is collected; from here on the checkpoint keeps it."""
         self._files, self._unsaved = 0, []
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -26,7 +26,7 @@ _GENERATE = "/inference/v1/generate"
 _LINE_BYTES = 1 << 24
 
 
-class ServerError(RuntimeError):
+class ServerError(ValueError):
     """The server does not answer, or not as this engine needs it; the message says what to do."""
 
 

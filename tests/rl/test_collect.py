@@ -189,7 +189,7 @@ def test_a_crashed_iteration_is_replayed_with_what_was_there(tmp_path):
     asked += engine.requests
     assert len({request.seed for request in asked}) == len(asked) == 32
     assert same(found.experience, whole.experience)
-    assert [path.name for path in tmp_path.iterdir()] == ["000000.jsonl"]
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["000000.jsonl"]
 
 
 def test_a_crash_while_responses_are_gone_on_with(tmp_path):
@@ -315,12 +315,24 @@ def test_gone_back_in_the_record_begins_again_there(tmp_path):
     for iteration in range(4):
         collect(maker, iteration)
     lines = (tmp_path / "000002.jsonl").read_text()
-    (tmp_path / "000007.partial").mkdir()
     back = collector(rollouts=tmp_path)
     back.load_state_dict(maker.state_dict())
     collect(back, 2, engine=FakeEngine())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.jsonl", "000001.jsonl", "000002.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["000000.jsonl", "000001.jsonl", "000002.jsonl"]
     assert len((tmp_path / "000002.jsonl").read_text().splitlines()) == len(lines.splitlines())
+
+
+def test_responses_are_kept_until_a_checkpoint_has_them(tmp_path):
+    maker = collector(rollouts=tmp_path)
+    for iteration in range(3):
+        collect(maker, iteration)
+    engine = FakeEngine()
+    again = collector(rollouts=tmp_path)  # killed before its first checkpoint: every iteration is there still
+    for iteration in range(3):
+        collect(again, iteration, engine=engine)
+    assert engine.requests == []
+    maker.record.saved(1)
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["000002.partial"]
 
 
 def test_the_report_counts_the_responses():

@@ -111,13 +111,15 @@ def test_an_engine_that_dies_loses_nothing(fit, tmp_path, monkeypatch):
     resumed, _ = fit("rl", *SHORT, ckpt_path=tmp_path / "steps/step=2.ckpt")
     assert len(set(asked)) == len(asked) == 12 * 3 + 1  # each was drawn once
     assert equal(resumed, module) and records(tmp_path) == lines
+    assert (tmp_path / "rollouts/000002.partial").is_dir()  # until a checkpoint has its experience
+    resumed.trainer.save_checkpoint(tmp_path / "steps/end.ckpt")
     assert not list((tmp_path / "rollouts").glob("*.partial"))
 
 
 @pytest.mark.parametrize("iteration", [0, 1, 2])
 @pytest.mark.parametrize("fault", [signal.SIGTERM, RuntimeError("out of memory")], ids=["signal", "engine"])
 def test_stopped_in_the_rollouts(fit, tmp_path, monkeypatch, iteration, fault):
-    """No checkpoint but the one that the stop leaves: the run goes on from there, with the responses that were there."""
+    """No checkpoint but the one that the stop leaves: the run goes on from there, with the responses so far."""
     module, _ = fit("rl", *PARTIAL)
     lines = records(tmp_path)
     shutil.rmtree(tmp_path / "rollouts")

@@ -316,6 +316,8 @@ class RLDataModule(StageDataModule):
         """The iteration's experience, and what the sampler and the waiting responses were after it was collected: a
         resume draws nothing again, but what ran ahead."""
         experience = self.experience
+        if experience is not None:
+            self.collector.record.saved(experience.iteration)
         kept = experience and {field.name: getattr(experience, field.name) for field in fields(Experience)}
         return {
             "experience": kept,
