@@ -6,6 +6,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +54,25 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(call=call)
 
 
+def _compose(shards: str, overrides: list[str], groups: list[str]) -> tuple[Any, list[Any]]:
+    """The configuration of ``train.py OVERRIDES`` on other shards, and the objects of some of its groups."""
+    from hydra.errors import HydraException, InstantiationException
+    from hydra.utils import instantiate
+    from omegaconf.errors import OmegaConfBaseException
+
+    from kimivl.config import compose_run, validate
+
+    try:
+        cfg = compose_run(*overrides)
+        cfg.data.shards, cfg.data.prepare = shards, None
+        validate(cfg)
+        return cfg, [instantiate(cfg[group], _convert_="all") for group in groups]
+    except InstantiationException as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _add_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", help="a folder of tars, a path with braces or globs, or a URL of one")
     parser.add_argument(
@@ -63,22 +83,11 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     )
 
     def call(arguments: argparse.Namespace) -> int:
-        from hydra.errors import HydraException, InstantiationException
-        from hydra.utils import instantiate
         from rich.console import Console
 
-        from kimivl.config import compose_run, validate
         from kimivl.data.describe import print_index
 
-        try:
-            cfg = compose_run(*arguments.overrides)
-            cfg.data.shards, cfg.data.prepare = arguments.shards, None
-            validate(cfg)
-            datamodule = instantiate(cfg.data, _convert_="all")
-        except InstantiationException as error:
-            raise ValueError(str(error.__cause__ or error)) from error
-        except HydraException as error:
-            raise ValueError(str(error)) from error
+        _, [datamodule] = _compose(arguments.shards, arguments.overrides, ["data"])
         datamodule.setup("fit")
         print_index(datamodule.index, Console())
         return 0
@@ -105,26 +114,14 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
     )
 
     def call(arguments: argparse.Namespace) -> int:
-        from hydra.errors import HydraException, InstantiationException
-        from hydra.utils import instantiate
-        from omegaconf.errors import OmegaConfBaseException
         from rich.console import Console
 
-        from kimivl.config import compose_run, validate
         from kimivl.synthesize.teacher import make_teacher
 
-        try:
-            cfg = compose_run("stage=rl", "sampler=uniform", "+synthesize=default", *arguments.overrides)
-            cfg.data.shards, cfg.data.prepare = arguments.problems, None
-            validate(cfg)
-            datamodule, reward, rollout, kernels, make = (
-                instantiate(node, _convert_="all")
-                for node in (cfg.data, cfg.reward, cfg.rollout, cfg.kernels, cfg.synthesize)
-            )
-        except InstantiationException as error:
-            raise ValueError(str(error.__cause__ or error)) from error
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(" ".join(str(error).split())) from error
+        fixed = ["stage=rl", "sampler=uniform", "+synthesize=default"]
+        groups = ["data", "reward", "rollout", "kernels", "synthesize"]
+        cfg, objects = _compose(arguments.problems, fixed + arguments.overrides, groups)
+        datamodule, reward, rollout, kernels, make = objects
         datamodule.setup("fit")
         student, trainer = datamodule.encoder, cfg.trainer
         settings = (rollout, cfg.init_from, student, kernels, trainer.get("precision"), trainer.get("accelerator"))
@@ -150,29 +147,17 @@ def _add_assess(parser: argparse.ArgumentParser) -> None:
     )
 
     def call(arguments: argparse.Namespace) -> int:
-        from hydra.errors import HydraException, InstantiationException
-        from hydra.utils import instantiate
-        from omegaconf.errors import OmegaConfBaseException
         from rich.console import Console
 
         from kimivl.assess.run import run_assess
         from kimivl.checkpoint import check_init_from
-        from kimivl.config import compose_run, validate
         from kimivl.inference import load_inference
 
-        try:
-            cfg = compose_run("stage=rl", "sampler=uniform", "+assess=default", *arguments.overrides)
-            cfg.data.shards, cfg.data.prepare = arguments.shards, None
-            check_init_from(cfg.stage, cfg.init_from, cfg.name)
-            validate(cfg)
-            datamodule, reward, rollout, kernels, make = (
-                instantiate(node, _convert_="all")
-                for node in (cfg.data, cfg.reward, cfg.rollout, cfg.kernels, cfg.assess)
-            )
-        except InstantiationException as error:
-            raise ValueError(str(error.__cause__ or error)) from error
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(" ".join(str(error).split())) from error
+        fixed = ["stage=rl", "sampler=uniform", "+assess=default"]
+        groups = ["data", "reward", "rollout", "kernels", "assess"]
+        cfg, objects = _compose(arguments.shards, fixed + arguments.overrides, groups)
+        check_init_from(cfg.stage, cfg.init_from, cfg.name)
+        datamodule, reward, rollout, kernels, make = objects
         datamodule.setup("fit")
         trainer = cfg.trainer
         inference = load_inference(

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from kimivl.data.sample import SampleError
+from kimivl.rl.lanes import in_lanes
 from kimivl.rl.openai_protocol import Refused, Reply, StreamedReply, chat_messages, parse_json, refusal
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Request, Response, Sampling
@@ -209,14 +210,7 @@ class _Run:
         connector = aiohttp.TCPConnector(limit=self.engine.concurrent)
         # The environment's proxies, as of every other client on the machine.
         async with aiohttp.ClientSession(connector=connector, trust_env=True) as session:
-            lanes = min(self.engine.concurrent, len(self.requests))
-            workers = [asyncio.create_task(self._lane(session)) for _ in range(lanes)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+            await in_lanes(min(self.engine.concurrent, len(self.requests)), lambda: self._lane(session))
 
     async def _lane(self, session: aiohttp.ClientSession) -> None:
         """Ask for one response after the other; ``concurrent`` lanes share the turn."""

@@ -16,6 +16,7 @@ import aiohttp
 from PIL import Image
 
 from kimivl.data.images import decode_image
+from kimivl.rl.lanes import in_lanes
 from kimivl.rl.types import Problem, Request, Sampling
 from kimivl.rl.vllm_requests import Writing, collapsed
 
@@ -90,13 +91,7 @@ class Streams:
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, trust_env=True, read_bufsize=_LINE_BYTES
         ) as session:
-            workers = [asyncio.create_task(self._lane(session)) for _ in range(lanes)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+            await in_lanes(lanes, lambda: self._lane(session))
 
     async def _lane(self, session: aiohttp.ClientSession) -> None:
         """Ask for one response after the other; the lanes share the turn."""

@@ -93,6 +93,7 @@ def test_an_engine_that_dies_loses_nothing(fit, tmp_path, monkeypatch):
     """It dies in the second iteration: the run goes on with what was there, and comes out the same."""
     module, _ = fit("rl", *SHORT)
     lines = records(tmp_path)
+    shutil.rmtree(tmp_path / "rollouts")
     stream, asked = HFRolloutEngine.stream, []
 
     def dying(self, requests, sampling):
