@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +28,18 @@ class Shown:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and the curves that show it."""
+    """What is compared, the curves that show it, and the one that says how soon an arm reaches the first one's end."""
 
     title: str
     curves: tuple[Shown, ...]
+    reaches: Shown | None = None
 
 
+HELD_OUT, TRAINED_ON = Shown("val", "sampled_accuracy"), Shown("sampled", "accuracy", 2)
 COMPARISONS = {
     "length": Comparison("Length reward", (Shown("sampled", "length", 5), Shown("sampled", "accuracy", 5))),
-    "sampler": Comparison("Sampling of problems", (Shown("val", "sampled_accuracy"),)),
-    "objective": Comparison("Objective", (Shown("sampled", "accuracy", 2),)),
+    "sampler": Comparison("Sampling of problems", (HELD_OUT,), HELD_OUT),
+    "objective": Comparison("Objective", (TRAINED_ON,), TRAINED_ON),
 }
 
 FIGURES = {
@@ -113,11 +116,10 @@ def _table(comparison: str, arms: dict[str, dict[int, Run]]) -> Table:
     table.add_row("length, relative", *("" for _ in arms), *shares)
     sampled = [estimate([run.tokens[-1] for run in of_seeds.values()]) for of_seeds in arms.values()]
     table.add_row("sampled, 1000 tokens", *(value.text("{:.0f}", 1e-3) for value in sampled))
-    shown = about.curves[-1]
-    found = reached(arms, shown)
-    table.add_row(
-        f"1000 tokens to {found.goal:.1%} ({shown.kind})", *(f"{value / 1000:.0f}" for value in found.tokens.values())
-    )
+    if about.reaches:
+        found = reached(arms, about.reaches)
+        tokens = (f"{value / 1000:.0f}" if value < math.inf else "not reached" for value in found.tokens.values())
+        table.add_row(f"1000 tokens to {found.goal:.1%} ({about.reaches.kind})", *tokens)
     return table
 
 
@@ -141,8 +143,16 @@ def _figures(comparison: str, arms: dict[str, dict[int, Run]]) -> dict[str, Any]
                 "mean": mean.mean.tolist(),
                 "interval_95": mean.half.tolist(),
             }
-    for shown in COMPARISONS[comparison].curves:
-        if shown.name.endswith("accuracy"):
-            goal = reached(arms, shown)
-            found["reached"] = {"goal": goal.goal, "tokens": goal.tokens, "seeds": goal.of_seeds}
+    if reaches := COMPARISONS[comparison].reaches:
+        goal = reached(arms, reaches)
+        found["reached"] = {"goal": goal.goal, "tokens": _numbers(goal.tokens), "seeds": _numbers(goal.of_seeds)}
     return found
+
+
+def _numbers(found: Any) -> Any:
+    """Infinity, which JSON has not, as None."""
+    if isinstance(found, dict):
+        return {name: _numbers(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_numbers(value) for value in found]
+    return found if math.isfinite(found) else None

@@ -105,6 +105,14 @@ def test_tables_figures_and_picture_show_all_comparisons(runs, tmp_path):
     assert written["sampler"]["other"]["seeds"] == list(SEEDS)
 
 
+def test_a_goal_that_is_not_reached_is_said_in_words_and_as_null(tmp_path):
+    arms = {arm: {1: make_run(tmp_path / arm, 1, gain)} for arm, gain in (("first", 0.02), ("other", 0.01))}
+    console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
+    console.print(*tables({"sampler": arms}))
+    assert "not reached" in console.export_text()
+    assert figures({"sampler": arms})["sampler"]["reached"]["tokens"]["other"] is None
+
+
 def test_a_single_seed_has_no_interval_but_is_shown(runs, tmp_path):
     one = {"length": {arm: {1: of_seeds[1]} for arm, of_seeds in runs["length"].items()}}
     draw(one, tmp_path / "curves.png")
