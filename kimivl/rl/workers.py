@@ -261,8 +261,11 @@ class VerifierPool:
         log.warning("a verifier's worker did not start: %s", how)
 
     def _drop(self, worker: Worker) -> str:
-        self._pool.remove(worker)
-        return worker.end()
+        # In this order: an interpreter that ends in between still finds the worker, and ends it.
+        how = worker.end()
+        with contextlib.suppress(ValueError):  # which has been so
+            self._pool.remove(worker)
+        return how
 
     def _terms(self) -> Terms:
         try:
