@@ -22,6 +22,7 @@ import torch
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLImageProcessor, KimiVLProcessor
 from kimivl.model.official_writing import sync
 from kimivl.model.tokenizer import load_tokenizer
+from kimivl.rl.types import Policy
 
 LAST = Path("checkpoints/last.ckpt")
 MODEL = Path("model")
@@ -178,3 +179,16 @@ def resume_path(output_dir: Path, ckpt_path: str | None, unfinished: bool) -> Pa
             f"ckpt_path={ckpt_path}: there is no checkpoint at {path}; leave ckpt_path out to start from the beginning"
         )
     return path
+
+
+def policy_of(model: KimiVLForConditionalGeneration, processor: KimiVLProcessor, stop_id: int) -> Policy:
+    """A model with its processor, as rollout engines see it."""
+    return Policy(
+        model=model,
+        decode=processor.tokenizer.decode,
+        stop_id=stop_id,
+        pad_id=processor.tokenizer.pad_token_id,
+        never=(model.media_id,),
+        export=lambda folder: export_model(model, processor, folder),
+        describe=lambda folder: describe_model(model, processor, folder),
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kimivl.checkpoint import build_model, describe_model, export_model, load_processor
+from kimivl.checkpoint import build_model, load_processor, policy_of
 from kimivl.data.chat import SampleEncoder
 from kimivl.model import Kernels, KimiVLConfig, KimiVLProcessor
 from kimivl.model.tokenizer import text_encoder
@@ -54,15 +54,7 @@ def load_inference(
         model = build_model(KimiVLConfig.from_pretrained(init_from), init_from, processor)
     model.requires_grad_(False).eval()
     model.set_kernels(kernels or Kernels())
-    policy = Policy(
-        model=model,
-        decode=tokenizer.decode,
-        stop_id=encoder.stop_id,
-        pad_id=tokenizer.pad_token_id,
-        never=(model.media_id,),
-        export=lambda folder: export_model(model, processor, folder),
-        describe=lambda folder: describe_model(model, processor, folder),
-    )
+    policy = policy_of(model, processor, encoder.stop_id)
     return Inference(rollout(policy), encoder, processor)
 
 

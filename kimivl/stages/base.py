@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from kimivl.checkpoint import build_model, describe_model, export_model
+from kimivl.checkpoint import build_model, policy_of
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import Mode, checkpoint_activations
@@ -105,18 +105,7 @@ class StageModule(LightningModule):
         self.model.set_kernels(self.kernels)
         checkpoint_activations(self.model, self.activation_checkpointing)
         self.router = Router(self.model, self.balancing.bias_update_rate, self.balancing.aux_loss_weight)
-        tokenizer = processor.tokenizer
-        self.engine = self.make_rollout(
-            Policy(
-                model=self.model,
-                decode=tokenizer.decode,
-                stop_id=self.datamodule.encoder.stop_id,
-                pad_id=tokenizer.pad_token_id,
-                never=(self.model.media_id,),
-                export=lambda folder: export_model(self.model, processor, folder),
-                describe=lambda folder: describe_model(self.model, processor, folder),
-            )
-        )
+        self.engine = self.make_rollout(policy_of(self.model, processor, self.datamodule.encoder.stop_id))
 
     def close(self) -> None:
         """Free what the rollout engine holds; the module answers nothing afterwards."""
