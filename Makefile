@@ -60,5 +60,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	       "Name another one: make install PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing into $(VENV): a few minutes, about 2 GB, once."
 	@$(BIN)/python -c 'import pip, sys; $(NEW_ENOUGH)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,slurm]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,slurm,sweep,tracking]'
 	@touch $@

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 
-from kimivl import tracking
+from kimivl import ranks, tracking
 from kimivl.checkpoint import LAST, MODEL, check_init_from, export_model, resume_path
 from kimivl.config import AUDIT, HISTORY_FILE, METRICS_FILE, Interrupted, validate
-from kimivl.launch import check_launch
+from kimivl.launch import check_launch, joined
 from kimivl.memory.check import check_memory
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,11 @@ _MAY_DIFFER = {
     "data.max_dropped",
     "data.cache",
     "data.cache_gb",
+    # The packs of a step may be dealt to other ranks; the datamodules check that they are the same packs.
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accumulate_grad_batches",
     "trainer.log_every_n_steps",
     "trainer.check_val_every_n_epoch",
 }
@@ -71,20 +78,17 @@ def run(cfg: DictConfig) -> float | None:
         cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
     check_init_from(cfg.stage, cfg.init_from, cfg.name)
     validate(cfg)
-    check_launch(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.get("accelerator"))
+    place = check_launch(cfg.trainer, multirun)
+    with joined(place, cfg.trainer.get("accelerator"), timedelta(minutes=30)):
+        return _run(cfg, output_dir, hydra_cfg.overrides.task)
+
+
+def _run(cfg: DictConfig, output_dir: Path, overrides: list[str]) -> float | None:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    check_memory(config, hydra_cfg.overrides.task)
-    resume = _resume(output_dir, cfg.ckpt_path, config)
+    check_memory(config, overrides)
+    resume = ranks.share(lambda: _begin(output_dir, cfg.ckpt_path, config))
     _quiet()
     seed_everything(cfg.seed, verbose=False)
-    tracking.write_run(output_dir, "running", config)
-    own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
-    for file in (METRICS_FILE, *(() if own else (HISTORY_FILE, LAST))):
-        (output_dir / file).unlink(missing_ok=True)  # an earlier run's, which this one does not go on from
-    if not own:
-        shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
-        if resume is not None and (elsewhere := resume.parents[1] / AUDIT).is_dir():
-            shutil.copytree(elsewhere, output_dir / AUDIT)  # the proof goes on where that run's steps end
     loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
     status = "failed"
     try:
@@ -101,6 +105,20 @@ def run(cfg: DictConfig) -> float | None:
     return _optimized(metrics, cfg.optimized_metric)
 
 
+def _begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
+    """What to go on from; the folder is made ready for it, and says that the run is running."""
+    resume = _resume(output_dir, ckpt_path, config)
+    tracking.write_run(output_dir, "running", config)
+    own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
+    for file in (METRICS_FILE, *(() if own else (HISTORY_FILE, LAST))):
+        (output_dir / file).unlink(missing_ok=True)  # an earlier run's, which this one does not go on from
+    if not own:
+        shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
+        if resume is not None and (elsewhere := resume.parents[1] / AUDIT).is_dir():
+            shutil.copytree(elsewhere, output_dir / AUDIT)  # the proof goes on where that run's steps end
+    return resume
+
+
 def _fit_and_hand_over(
     cfg: DictConfig, output_dir: Path, loggers: list[Any], config: dict[str, Any], resume: Path | None
 ) -> dict[str, float]:
@@ -111,7 +129,8 @@ def _fit_and_hand_over(
         {"max_epochs": datamodule.max_epochs} | OmegaConf.to_container(cfg.trainer),  # type: ignore[operator]
         callbacks=callbacks,
         logger=loggers,
-        plugins=[CheckpointFiles()],
+        plugins=_plugins(cfg.trainer.strategy),
+        use_distributed_sampler=False,  # the datamodules deal their data to the ranks themselves
         reload_dataloaders_every_n_epochs=1,
         enable_progress_bar=any(hasattr(callback, "get_metrics") for callback in callbacks),
         _convert_="all",
@@ -142,6 +161,12 @@ def _train_and_test(
         if dropped := datamodule.dropped:
             print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())))
     return metrics
+
+
+def _plugins(strategy: Any) -> list[Any]:
+    """Ranks are where ``kimivl.launch`` has found them, whatever else the environment says."""
+    place = LightningEnvironment() if ranks.world_size() == 1 else TorchElasticEnvironment()
+    return [place] if isinstance(strategy, DictConfig) else [place, CheckpointFiles()]
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
 from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
@@ -80,6 +81,7 @@ class History(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The configuration stands in ``run.json``."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -103,6 +105,7 @@ def shows_media(loggers: Sequence[Logger]) -> bool:
     return any(isinstance(logger, WandbLogger) for logger in loggers)
 
 
+@rank_zero_only
 def log_transcripts(
     loggers: Sequence[Logger], name: str, rows: Sequence[dict[str, Any]], step: int | None = None
 ) -> None:
@@ -117,6 +120,7 @@ def _cell(value: Any) -> Any:
     return wandb.Image(Image.open(io.BytesIO(value.data))) if isinstance(value, Picture) else value
 
 
+@rank_zero_only
 def log_histogram(
     loggers: Sequence[Logger], name: str, values: np.ndarray, span: tuple[float, float], step: int | None = None
 ) -> None:
@@ -141,11 +145,13 @@ def read_run(output_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+@rank_zero_only
 def write_run(output_dir: Path, status: str, config: dict[str, Any]) -> None:
     """Write ``run.json``: what the run is, and whether it is running, finished, interrupted or failed."""
     _write(output_dir / RUN_FILE, {"status": status, "config": config})
 
 
+@rank_zero_only
 def write_metrics(output_dir: Path, metrics: dict[str, float]) -> None:
     """Write ``metrics.json``, the last thing that a finished run does."""
     _write(output_dir / METRICS_FILE, metrics)

@@ -13,11 +13,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from kimivl import ranks
 from kimivl.checkpoint import build_model, policy_of
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import Mode, checkpoint_activations
 from kimivl.model.lora import add_lora, check_lora, fingerprint, frozen_names
+from kimivl.model.parallel import shard
 from kimivl.model.router import Balancing, Router
 from kimivl.model.segment_attention import check_gradients, compute_dtype
 from kimivl.optim import MuonAdamW, MuonAdamWInBackward, PhaseSchedule
@@ -26,6 +28,7 @@ from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Problem, Response
 from kimivl.stages.evaluation import Evaluation, Tally, Transcript
+from kimivl.stages.sharding import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +108,8 @@ class StageModule(LightningModule):
         self.model.set_kernels(self.kernels)
         checkpoint_activations(self.model, self.activation_checkpointing)
         self.router = Router(self.model, self.balancing.bias_update_rate, self.balancing.aux_loss_weight)
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            shard(self.model, self.device_mesh["data_parallel"])
         self.engine = self.make_rollout(policy_of(self.model, processor, self.datamodule.encoder.stop_id))
 
     def close(self) -> None:
@@ -262,6 +267,7 @@ class StageModule(LightningModule):
         self._log_tally("test")
 
     def _log_tally(self, prefix: str) -> None:
+        self.tally = Tally.merged(ranks.gather(self.tally))
         for name, value in self.tally.metrics().items():
             self.log(f"{prefix}/{name}", value, prog_bar=name == "accuracy" and prefix == "val", batch_size=1)
 

@@ -13,6 +13,7 @@ import rich.progress
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from kimivl import ranks
 from kimivl.checkpoint import load_processor
 from kimivl.data.chat import SampleEncoder
 from kimivl.data.index import Index
@@ -73,6 +74,7 @@ class StageDataModule(LightningDataModule):
     """
 
     trains_on_problems = False
+    prepare_data_per_node = False  # the ranks of a run share their disk
 
     def __init__(
         self,
@@ -120,7 +122,8 @@ class StageDataModule(LightningDataModule):
         self.processor = load_processor(self.processor_folder)
         tokenizer = self.processor.tokenizer
         self.encoder = SampleEncoder(tokenizer, self.processor.image_processor, text_encoder(tokenizer))
-        self.index = self.make_index(self.shards, self.trains_on_problems, self.sample_check)
+        with ranks.first():
+            self.index = self.make_index(self.shards, self.trains_on_problems, self.sample_check)
 
     @property
     def sample_check(self) -> Check | None:
@@ -205,10 +208,11 @@ class StageDataModule(LightningDataModule):
         if shards is None:
             return []
         if split not in self._held_out:
-            self._held_out[split] = self.make_index(shards, problems=True)
+            with ranks.first():
+                self._held_out[split] = self.make_index(shards, problems=True)
         index = self._held_out[split]
         # Read when their turn comes: a held-out set with its images need not fit into memory.
-        numbers: Any = range(len(index))
+        numbers: Any = range(ranks.rank(), len(index), ranks.world_size())
         return DataLoader(
             numbers, batch_size=EVALUATION_BATCH, collate_fn=lambda chosen: self.read_problems(index, chosen)
         )

@@ -20,12 +20,16 @@ class Transcript:
     correct: bool
 
 
+def _right_and_all() -> list[int]:
+    return [0, 0]
+
+
 class Tally:
     """Sums of an evaluation; its figures are means over problems (greedy) and over responses (sampled)."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.by_difficulty: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        self.by_difficulty: dict[int, list[int]] = defaultdict(_right_and_all)
         self.transcripts: list[Transcript] = []
         self._examples: list[Transcript] = []
         self._spare: list[Transcript] = []
@@ -57,6 +61,20 @@ class Tally:
         if len(place) < limit:
             place.append(transcript)
         self.transcripts = (self._examples + self._spare)[:limit]
+
+    @classmethod
+    def merged(cls, tallies: Sequence[Tally]) -> Tally:
+        """One tally of what several ranks have evaluated."""
+        whole = cls()
+        for tally in tallies:
+            for name, value in tally.sums.items():
+                whole.sums[name] += value
+            for level, (right, count) in tally.by_difficulty.items():
+                whole.by_difficulty[level][0] += right
+                whole.by_difficulty[level][1] += count
+            for transcript in tally.transcripts:
+                whole.keep(transcript, len(tally.transcripts))
+        return whole
 
     def metrics(self) -> dict[str, float]:
         """Figures by name; lengths in tokens, ``finished`` the share that ended before the cap."""
