@@ -1,11 +1,17 @@
 """Train one stage of Kimi-VL: ``python train.py stage=sft|long_cot|rl [key=value ...]`` (README, conf/train.yaml)."""
 
 import os
+import sys
+from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kimivl.config import register, report_errors
+from kimivl.interruption import listening
+from kimivl.launch import check_launch, rank_overrides
 
 register()
 
@@ -14,11 +20,13 @@ register()
 def main(cfg: DictConfig) -> float | None:
     # Packs differ in length: an allocator with segments of fixed size loses GBs of a nearly full device to gaps.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    with report_errors():
+    with report_errors(), listening(Path(HydraConfig.get().runtime.output_dir)):
+        check_launch(cfg.trainer, HydraConfig.get().mode == RunMode.MULTIRUN)  # may start ranks, and end here
         from kimivl.run import run  # torch and transformers take seconds to import: --help does not wait for them
 
         return run(cfg)
 
 
 if __name__ == "__main__":
+    sys.argv += rank_overrides()
     main()

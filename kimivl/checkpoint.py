@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from kimivl import ranks
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLImageProcessor, KimiVLProcessor
 from kimivl.model.official_writing import sync
+from kimivl.model.parallel import assembled
 from kimivl.model.tokenizer import load_tokenizer
 from kimivl.rl.types import Policy
 
@@ -118,10 +120,16 @@ def export_model(model: KimiVLForConditionalGeneration, processor: Any, folder: 
         for file in fresh.iterdir():
             sync(file)
         sync(fresh)
-        _replace(folder, fresh)
+        put_in_place(folder, fresh)
     finally:
         put_back(folder)
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def hand_over(model: KimiVLForConditionalGeneration, processor: Any, folder: Path) -> None:
+    """``export_model`` by rank 0, of a model that may be cut up over the ranks. All ranks call this."""
+    with assembled(model):
+        ranks.share(lambda: export_model(model, processor, folder))
 
 
 def describe_model(model: KimiVLForConditionalGeneration, processor: Any, folder: Path) -> None:
@@ -132,22 +140,32 @@ def describe_model(model: KimiVLForConditionalGeneration, processor: Any, folder
 
 
 def put_back(folder: Path) -> None:
-    """Bring back the folder of before, where an export was killed between the two renames of ``_replace``."""
-    if (old := _set_aside(folder)).is_dir() and not folder.exists():
+    """Bring back the folder of before, where a run was killed between the two renames of ``put_in_place``."""
+    if (old := _set_aside(folder)).exists() and not folder.exists():
         old.rename(folder)
 
 
-def _replace(folder: Path, fresh: Path) -> None:
-    """Put ``fresh`` in the place of ``folder``; the folder of before, where there is one, is removed."""
-    if not folder.exists():
-        fresh.rename(folder)
-    elif not _exchange(folder, fresh):
-        old = _set_aside(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    sync(folder.parent)
+def put_in_place(target: Path, fresh: Path) -> None:
+    """Put ``fresh`` in the place of ``target``, which is removed; each may be a file or a folder."""
+    if not target.exists() or not (target.is_dir() or fresh.is_dir()):
+        fresh.replace(target)
+    elif _exchange(target, fresh):
+        remove(fresh)
+    else:
+        old = _set_aside(target)
+        remove(old)
+        target.rename(old)
+        fresh.rename(target)
+        remove(old)
+    sync(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _set_aside(folder: Path) -> Path:
@@ -165,16 +183,20 @@ def _exchange(one: Path, other: Path) -> bool:
 def resume_path(output_dir: Path, ckpt_path: str | None, unfinished: bool) -> Path | None:
     """The Lightning checkpoint to resume from, or None to start from ``init_from`` or fresh.
 
+    It is a file, or a folder where the model was cut up over ranks.
+
     Args:
         unfinished: the run in ``output_dir`` was interrupted (``run.json`` says so).
     """
     last = output_dir / LAST
-    if unfinished and last.is_file():
+    put_back(last)
+    if unfinished and last.exists():
         return last
     if ckpt_path is None:
         return None
     path = last if ckpt_path == "last" else Path(ckpt_path)
-    if not path.is_file():
+    put_back(path)
+    if not path.exists():
         raise ValueError(
             f"ckpt_path={ckpt_path}: there is no checkpoint at {path}; leave ckpt_path out to start from the beginning"
         )

@@ -20,7 +20,10 @@ def main(argv: list[str] | None = None) -> int:
         ("assess", _add_assess, "how often a model solves each problem of a set, and which answers can be guessed"),
         ("memory", _add_memory, "where each GB of a training run goes on one device, before anything starts"),
         ("audit", _add_audit, "prove from a run's files that each sample was used as planned"),
+        ("sync", _add_sync, "send to W&B what it does not have of a run that could not reach it"),
+        ("workspace", _add_workspace, "a saved W&B workspace and a report that compare the runs of a project"),
         ("report", _add_report, "table, summary.json and summary.png of the stages in a run folder"),
+        ("sweep", _add_sweep, "table, summary.json and sweep.png of a sweep, and the command for what is missing"),
     ):
         add(verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."))
     arguments, more = parser.parse_known_args(argv)
@@ -219,6 +222,29 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(call=call)
 
 
+def _add_sync(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN_DIR", help="for example outputs/digits/sft")
+
+    def call(arguments: argparse.Namespace) -> int:
+        from kimivl.tracking.wandb_run import sync
+
+        return sync(arguments.folder)
+
+    parser.set_defaults(call=call)
+
+
+def _add_workspace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("project", nargs="?", default="kimivl", help="PROJECT or ENTITY/PROJECT (default: kimivl)")
+    parser.add_argument("--group", help="compare the runs of this sweep only")
+
+    def call(arguments: argparse.Namespace) -> int:
+        from kimivl.tracking.workspace import write_workspace
+
+        return write_workspace(arguments.project, arguments.group)
+
+    parser.set_defaults(call=call)
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="for example outputs/digits")
 
@@ -227,5 +253,23 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
         write_report(arguments.folder)
         return 0
+
+    parser.set_defaults(call=call)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="for example outputs/digits/sweeps/rl-length_penalty")
+    parser.add_argument("--metric", metavar="NAME", help="of metrics.json; default: the optimized_metric of the runs")
+    parser.add_argument(
+        "--direction", choices=("max", "min"), help="of the metric; default: that of the search, or told from its name"
+    )
+    parser.epilog = "It ends with 0 when all that was asked for has finished, and with 1 when something is left."
+
+    def call(arguments: argparse.Namespace) -> int:
+        from rich.console import Console
+
+        from kimivl.sweep.report import run_sweep
+
+        return run_sweep(arguments.folder, arguments.metric, arguments.direction, Console())
 
     parser.set_defaults(call=call)

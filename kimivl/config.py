@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 import types
 import typing
@@ -69,7 +70,13 @@ class TrainConfig:
 
 class Interrupted(BaseException):
     """The run was asked to stop; the message says what is saved and how to go on. Like KeyboardInterrupt it is none of
-    the errors that code in between may handle."""
+    the errors that code in between may handle.
+
+    ``code``: exit code of the process. ``requeued``: SLURM runs the job again, so nobody is told that it is over.
+    """
+
+    code = 130
+    requeued = False
 
 
 def register() -> None:
@@ -99,10 +106,13 @@ def report_errors() -> Iterator[None]:
         # Hydra wraps what a constructor raises; the constructor's own sentence names the key.
         wrapped = isinstance(caught, InstantiationException) and isinstance(caught.__cause__, ValueError)
         error = caught.__cause__ if wrapped else caught
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        stopped = isinstance(error, Interrupted)
+        # A job that is stopped ends a sweep inside this process; submitit's jobs have processes of their own.
+        returns = not isinstance(error, Interrupted) or ("SUBMITIT_EXECUTOR" in os.environ and not error.requeued)
+        if HydraConfig.get().mode == RunMode.MULTIRUN and returns:
             raise CompactHydraException(str(error)) from error
-        print(f"\n{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, Interrupted) else 2)
+        print(f"\n{'stopped' if stopped else 'error'}: {error}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, Interrupted) else 2)
 
 
 def validate(cfg: DictConfig) -> None:
@@ -132,7 +142,10 @@ def _check_in_backward(cfg: DictConfig) -> None:
     """An optimiser that steps in the backward pass has each gradient once: nothing can add to it or clip it."""
     if not str(cfg.optimizer.get("_target_")).endswith("MuonAdamWInBackward"):
         return
+    ranks = "its steps do not wait for the gradients of other ranks; optimizer=muon strategy=fsdp shares the memory out"
     for key, wanted, instead in (
+        ("devices", 1, ranks),
+        ("num_nodes", 1, ranks),
         ("accumulate_grad_batches", 1, "longer packs (data.phases) make larger steps"),
         ("gradient_clip_val", None, "it clips by itself, as optimizer.clip and optimizer.clip_norm say"),
     ):

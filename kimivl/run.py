@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from kimivl import ranks, tracking
-from kimivl.checkpoint import LAST, MODEL, check_init_from, export_model, resume_path
-from kimivl.config import AUDIT, HISTORY_FILE, METRICS_FILE, Interrupted, validate
-from kimivl.launch import check_launch, joined
+from kimivl.callbacks import CheckpointFiles, Watchdog
+from kimivl.checkpoint import LAST, MODEL, check_init_from, hand_over, remove, resume_path
+from kimivl.config import AUDIT, METRICS_FILE, Interrupted, validate
+from kimivl.faults import explained
+from kimivl.interruption import told_apart
+from kimivl.launch import Place, check_launch, joined
+from kimivl.lock import only_run_in
 from kimivl.memory.check import check_memory
+from kimivl.resume import check_checkpoint
+from kimivl.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -76,42 +83,94 @@ def run(cfg: DictConfig) -> float | None:
     cfg.paths.output_dir = str(output_dir)
     if multirun and cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
-    check_init_from(cfg.stage, cfg.init_from, cfg.name)
-    validate(cfg)
     place = check_launch(cfg.trainer, multirun)
-    with joined(place, cfg.trainer.get("accelerator"), timedelta(minutes=30)):
-        return _run(cfg, output_dir, hydra_cfg.overrides.task)
+    cfg.trainer.devices = place.tasks_per_node
+    group = joined(place, cfg.trainer.get("accelerator"), timedelta(days=1))
+    with group, _one_voice(place), Watch(output_dir) as watch, ExitStack() as held:
+        rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
+        output_dir = ranks.share(lambda: output_dir)  # a name with the time in it differs between ranks
+        cfg.paths.output_dir = str(output_dir)
+        check_init_from(cfg.stage, cfg.init_from, cfg.name)
+        validate(cfg)
+        ranks.share(lambda: held.enter_context(only_run_in(output_dir)))
+        return _run(cfg, output_dir, hydra_cfg.overrides.task, watch)
 
 
-def _run(cfg: DictConfig, output_dir: Path, overrides: list[str]) -> float | None:
+@contextmanager
+def _one_voice(place: Place) -> Iterator[None]:
+    """Let rank 0 say what all ranks fail of. The tasks of submitit have a file each, and a result to hand over."""
+    try:
+        yield
+    except (Exception, Interrupted) as error:
+        if place.world_size == 1 or place.launcher == "submitit":
+            raise
+        if ranks.said_elsewhere(str(error)):
+            raise SystemExit(_code(error)) from error
+        if not ranks.is_first() and not isinstance(error, ranks.PeerFailed):
+            print(f"\nrank {place.rank}:", end="", file=sys.stderr)  # the message follows
+        raise
+
+
+def _code(error: BaseException) -> int:
+    """Of a rank that leaves saying nothing; 0 when all stop on a signal: it is rank 0 that says how the run ended."""
+    if isinstance(error, Interrupted):
+        return 0
+    return 2 if isinstance(error, ValueError | InstantiationException) else 1
+
+
+def _run(cfg: DictConfig, output_dir: Path, overrides: list[str], watch: Watch) -> float | None:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     check_memory(config, overrides)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and (done := ranks.share(lambda: _done_before(output_dir, config))):
+        log.info("%s has finished before", output_dir)
+        return _optimized(done, cfg.optimized_metric)
     resume = ranks.share(lambda: _begin(output_dir, cfg.ckpt_path, config))
     _quiet()
     seed_everything(cfg.seed, verbose=False)
     loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
-    status = "failed"
+    watch.on_end = lambda text: tracking.write_run(output_dir, "failed", config, text)
+    outcome = "failed"
     try:
-        metrics = _fit_and_hand_over(cfg, output_dir, loggers, config, resume)
-        status = "success"
+        with told_apart():
+            metrics = _fit_and_hand_over(cfg, output_dir, loggers, config, resume, watch)
+        outcome = "success"
         tracking.write_run(output_dir, "finished", config)
         tracking.write_metrics(output_dir, metrics)
-    except BaseException as error:
+    except BaseException as caught:
+        error = watch.leave(explained(caught, watch.doing, overrides, output_dir))
         stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
-        tracking.write_run(output_dir, "interrupted" if stopped else "failed", config)
+        outcome = "interrupted" if stopped else "failed"
+        with suppress(OSError):  # a full disk must not hide what happened
+            said = None if stopped else str(error) or type(error).__name__
+            tracking.write_run(output_dir, outcome, config, said)
+        if error is not None and error is not caught:
+            raise error from caught
         raise
     finally:
-        tracking.close(loggers, status)
+        tracking.close(loggers, outcome)
     return _optimized(metrics, cfg.optimized_metric)
+
+
+def _done_before(output_dir: Path, config: dict[str, Any]) -> dict[str, float]:
+    """The figures of a job of a sweep that has finished in this folder; empty where none has."""
+    before, metrics = tracking.read_run(output_dir), output_dir / METRICS_FILE
+    if before.get("status") != "finished" or not metrics.is_file():
+        return {}
+    for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
+        raise ValueError(
+            f"{output_dir} holds a finished run with another {key} ({how}); give the sweep a folder of its own with "
+            f"hydra.sweep.dir=FOLDER, or remove {output_dir}"
+        )
+    return json.loads(metrics.read_text())
 
 
 def _begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
     """What to go on from; the folder is made ready for it, and says that the run is running."""
     resume = _resume(output_dir, ckpt_path, config)
-    tracking.write_run(output_dir, "running", config)
     own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
-    for file in (METRICS_FILE, *(() if own else (HISTORY_FILE, LAST))):
-        (output_dir / file).unlink(missing_ok=True)  # an earlier run's, which this one does not go on from
+    tracking.begin_run(output_dir, config, own)
+    for file in (METRICS_FILE, *(() if own else (LAST,))):
+        remove(output_dir / file)  # an earlier run's, which this one does not go on from
     if not own:
         shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
         if resume is not None and (elsewhere := resume.parents[1] / AUDIT).is_dir():
@@ -120,11 +179,19 @@ def _begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> P
 
 
 def _fit_and_hand_over(
-    cfg: DictConfig, output_dir: Path, loggers: list[Any], config: dict[str, Any], resume: Path | None
+    cfg: DictConfig,
+    output_dir: Path,
+    loggers: list[Any],
+    config: dict[str, Any],
+    resume: Path | None,
+    watch: Watch,
 ) -> dict[str, float]:
     datamodule = instantiate(cfg.data, _convert_="all")
     module = instantiate(cfg.module, _convert_="all")
     callbacks = _instantiated(cfg.callbacks)
+    for callback in callbacks:
+        if isinstance(callback, Watchdog):
+            callback.watch = watch
     trainer: Trainer = instantiate(
         {"max_epochs": datamodule.max_epochs} | OmegaConf.to_container(cfg.trainer),  # type: ignore[operator]
         callbacks=callbacks,
@@ -150,11 +217,12 @@ def _train_and_test(
     if datamodule.held_out["val"] and (cfg.optimized_metric not in metrics or every and trainer.current_epoch % every):
         trainer.validate(module, datamodule, verbose=False)  # the fit did not end with a validation
         metrics |= _floats(trainer)
-    if trainer.is_global_zero:
-        export_model(module.model, datamodule.processor, output_dir / MODEL)
+    hand_over(module.model, datamodule.processor, output_dir / MODEL)
     if cfg.test:
         trainer.test(module, datamodule, verbose=False)
         metrics |= _floats(trainer)
+    about = {"stage": cfg.stage, "step": trainer.global_step, "metrics": metrics}
+    tracking.log_model(trainer.loggers, output_dir / MODEL, about)
     metrics["seconds"] = module.train_seconds
     if trainer.is_global_zero:
         print(f"\n{cfg.stage}: model in {output_dir / MODEL}, {module.train_seconds:.0f} s of training")
@@ -169,28 +237,6 @@ def _plugins(strategy: Any) -> list[Any]:
     return [place] if isinstance(strategy, DictConfig) else [place, CheckpointFiles()]
 
 
-class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints to the disk tensor by tensor, whole or not at all.
-
-    Lightning's own puts the file together in memory first: 70 GB and more of the host's for Kimi-VL-A3B.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            torch.save(checkpoint, part)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-        return None
-
-
 def _instantiated(group: DictConfig | None) -> list[Any]:
     """The objects of a group of named targets; an entry that is null is left out."""
     return [instantiate(node, _convert_="all") for node in (group or {}).values() if node is not None]
@@ -203,7 +249,9 @@ def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> 
     resume = resume_path(output_dir, ckpt_path, unfinished)
     if resume is None:
         return None
-    if unfinished and resume == output_dir / LAST:
+    own = unfinished and resume == output_dir / LAST
+    check_checkpoint(resume, own, config["stage"])
+    if own:
         # What `module` refers to differs there too: the shortest key is the one that a user types.
         for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
             raise ValueError(
@@ -233,6 +281,8 @@ def _floats(trainer: Trainer) -> dict[str, float]:
 def _optimized(metrics: dict[str, float], name: str) -> float | None:
     if name in metrics:
         return metrics[name]
+    if not ranks.is_first():
+        return None
     measured = ", ".join(
         sorted(metric for metric in metrics if "difficulty" not in metric and metric.startswith("val/"))
     )
@@ -252,6 +302,11 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*LeafSpec.*is deprecated.*",
+        ".*`srun` command is available.*",
+        ".*all_gather_into_tensor. is deprecated.*",  # the oldest torch that we run on has no other
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # figures are put together before they are logged
     ):
         warnings.filterwarnings("ignore", pattern)
+    if not ranks.is_first():
+        warnings.simplefilter("ignore")  # rank 0 gives the same
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

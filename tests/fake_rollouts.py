@@ -7,11 +7,14 @@ import torch
 
 from kimivl.data.pack import EncodedSample
 from kimivl.data.sample import Sample
+from kimivl.rl.experience import Experience
 from kimivl.rl.rewards import Scores
 from kimivl.rl.rollout import RolloutEngine, uniform
 from kimivl.rl.types import Group, Problem, Request, Response, Sampling
 
 STOP = 9
+SET = {"difficulty": np.zeros(40, np.int64)}
+"""Columns of forty problems."""
 
 
 def problem(number: int) -> Problem:
@@ -89,3 +92,13 @@ class SumReward:
         if self.always is not None:
             return self.always
         return float(response.finished and sum(response.tokens) % 2 == 0)
+
+
+def same(a: Experience, b: Experience) -> bool:
+    """Whether two experiences are equal to the bit."""
+    return all(
+        left.equal(right) if torch.is_tensor(left) and not left.is_floating_point()
+        else torch.equal(left.nan_to_num(9), right.nan_to_num(9)) if torch.is_tensor(left)
+        else left == right
+        for left, right in ((getattr(a, name), getattr(b, name)) for name in a.__slots__)
+    )  # fmt: skip

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import ROOT, history, train
+from command import ROOT, history
+from command import train as train_afresh
+from forked import train
 from safetensors.torch import load_file
+
+from kimivl.tracking import names
 
 MINIATURE = "debug=miniature"
 QUIET = [MINIATURE, "logger=none", "test=false"]
@@ -65,6 +69,12 @@ def test_rl_logs_rollouts_rewards_and_speed(root):
         rows = [json.loads(row) for row in (run / f"rollouts/{iteration:06d}.jsonl").read_text().splitlines()]
         assert len(rows) == 8 and all(len(row["responses"]) == 4 for row in rows)
     assert history(run, "policy/log_ratio_squared")[0] == pytest.approx(0, abs=1e-6)  # the policy is its own reference
+
+
+@pytest.mark.parametrize("stage", ["sft", "long_cot", "rl"])
+def test_every_logged_metric_has_a_unit_and_a_meaning(root, stage):
+    lines = (root / "miniature" / stage / "history.jsonl").read_text().splitlines()
+    assert names.unknown({name for line in lines for name in json.loads(line)} - {"step"}) == []
 
 
 def test_report_writes_summary_and_picture(root, capsys):
@@ -344,7 +354,7 @@ def test_config_shows_without_data_or_gpu(tmp_path):
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=local"]])
 def test_a_sweep_runs_each_job_in_its_own_folder_and_wandb_run(root, tmp_path, launcher):
     short = ["data.phases=[{epochs: 1, lr: [1e-3, 1e-3]}]", "data.problems=4", "data.responses=2", "data.updates=1"]
-    train("-m", "stage=rl", MINIATURE, *short, "reward.length.weight=0,0.3", "seed=1,2", f"paths.root={root}",
+    train_afresh("-m", "stage=rl", MINIATURE, *short, "reward.length.weight=0,0.3", "seed=1,2", f"paths.root={root}",
           f"hydra.sweep.dir={tmp_path}", "test=false", "trainer.check_val_every_n_epoch=1", *launcher)  # fmt: skip
     jobs = sorted(path.parent for path in tmp_path.glob("*/metrics.json"))
     settings = [json.loads((job / "run.json").read_text())["config"] for job in jobs]

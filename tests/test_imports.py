@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # third-party package -> the only modules (or rooms) that may import it
 ONLY_IN = {
-    "hydra": {"train", "kimivl.run", "kimivl.config", "kimivl.launch", "kimivl.cli"},
+    "hydra": {"train", "kimivl.beforehand", "kimivl.run", "kimivl.config", "kimivl.cli", "kimivl.sweep"},
     "lightning": {"kimivl.stages", "kimivl.callbacks", "kimivl.run", "kimivl.tracking"},
     "wandb": {"kimivl.tracking"},
     "webdataset": {"kimivl.data.shards"},
@@ -28,16 +28,30 @@ ALIASES = {"pytorch_lightning": "lightning", "lightning_fabric": "lightning"}
 BACKENDS = {"torch", "transformers", "numpy", "PIL", "tokenizers", "safetensors", "tiktoken", "peft", "liger_kernel"}
 THIRD_PARTY_OF = {"kimivl.model": BACKENDS, "kimivl.optim": BACKENDS}
 
+# what every room may import
+LEAVES = ("kimivl.ranks",)
+
 # room -> other rooms that it may import at most
 ROOMS_OF = {
     "kimivl.model": set(),
     "kimivl.optim": set(),
     "kimivl.memory": {"kimivl.model", "kimivl.optim"},
-    "kimivl.stages": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.optim", "kimivl.checkpoint"},
+    "kimivl.stages": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.optim", "kimivl.checkpoint"}
+    | {"kimivl.checkpoint_folder", "kimivl.interruption"},
     "kimivl.inference": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.checkpoint"},
     "kimivl.synthesize": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.inference"},
     "kimivl.assess": {"kimivl.data", "kimivl.rl", "kimivl.inference"},
-    "kimivl.run": {"kimivl.config", "kimivl.launch", "kimivl.memory", "kimivl.tracking", "kimivl.checkpoint"},
+    "kimivl.sweep": {"kimivl.config", "kimivl.lock"},
+    "kimivl.run": {"kimivl.config", "kimivl.launch", "kimivl.memory", "kimivl.tracking", "kimivl.checkpoint"}
+    | {
+        "kimivl.callbacks",
+        "kimivl.faults",
+        "kimivl.interruption",
+        "kimivl.lock",
+        "kimivl.model",
+        "kimivl.resume",
+        "kimivl.watch",
+    },
 }
 # room -> rooms that it must not import
 NEVER = {
@@ -90,7 +104,7 @@ def complaint(module: str, target: str) -> str | None:
             outside = top not in sys.stdlib_module_names and top not in THIRD_PARTY_OF.get(room, {top})
             if outside:
                 return f"{room} may import {', '.join(sorted(THIRD_PARTY_OF[room]))} only"
-        elif is_in(target, room):
+        elif is_in(target, room) or target.startswith(LEAVES):
             continue
         elif room in ROOMS_OF and not any(is_in(target, other) for other in ROOMS_OF[room]):
             return f"{room} may import {', '.join(sorted(ROOMS_OF[room])) or 'no other room'} only"

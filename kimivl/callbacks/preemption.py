@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from types import FrameType
+import time
+from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
+from kimivl import interruption
 from kimivl.config import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+ROLLOUTS_KEPT = "the rollouts so far are kept; the same command goes on with them"
 
 
 class Preemption(Callback):
-    """Turns Ctrl-C and the signals of schedulers into a checkpoint at a batch boundary.
+    """Turns Ctrl-C and the signals of schedulers into a checkpoint between two steps.
 
-    Saving inside a signal handler would deadlock with uneven ranks: the handler only sets a flag, and all ranks agree
-    on it after a step. RL's rollouts, which can take an hour, are left at once: what is there of them is kept, and the
-    run saves itself as it was before them (also when the rollout engine fails). A second Ctrl-C stops at once.
+    All ranks agree on it after a step. RL's rollouts, which can take an hour, are left at once: what is there of them
+    is kept, and the run saves itself as it was before them (also when the rollout engine fails). An evaluation is left
+    at once, too, and done anew by the run that goes on. A second Ctrl-C stops at once.
 
     Args:
         path: where the checkpoint goes.
@@ -28,52 +28,81 @@ class Preemption(Callback):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.received: int | None = None
         self._saved_step: int | None = None
-        self._previous: dict[int, Any] = {}
-        self._in_rollouts = False
+        self._rollouts_since: float | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install()
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning's own answer to SIGTERM speaks to the other ranks from inside the handler, and to be heard there it
+        # asks all ranks before every batch, which waits for the GPU.
+        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
-    # The first rollouts come before `on_train_start`: the datamodule calls these two.
+    # The first rollouts come before `on_train_start`: the datamodule calls these four, on all ranks. What is raised
+    # between the first two is raised on all of them; and so that this holds, a signal interrupts only while responses
+    # are drawn, for then the others notice. One that comes in between waits for the next draw, or for a step.
 
     def on_rollouts_start(self) -> None:
-        self._install()
-        self._in_rollouts = True
+        self._rollouts_since = time.time()
+        interruption.wait_for_a_step()
+
+    def on_answers_start(self) -> None:
+        interruption.give_way(ROLLOUTS_KEPT)
+
+    def on_answers_end(self) -> None:
+        interruption.wait_for_a_step()
 
     def on_rollouts_end(self) -> None:
-        self._in_rollouts = False
+        interruption.wait_for_a_step()
+        self._rollouts_since = None
 
-    def _install(self) -> None:
-        if not self._previous:
-            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            self._in_rollouts = False
-            raise Interrupted("stopped at once, without saving; the same command goes on from the last checkpoint")
-        if self.received is None:
-            self.received = number
-            if self._in_rollouts:
-                raise Interrupted("the rollouts so far are kept; the same command goes on with them")
-            print("\nstopping when this step is done and saved; Ctrl-C stops at once", file=sys.stderr, flush=True)
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        between_steps = trainer.fit_loop._should_accumulate()
-        if not between_steps and self._any_rank(trainer):
-            self._save(trainer)
-
-    # The run leaves after the step's figures are logged and, at the end of an epoch, after its validation: an epoch
-    # that was saved before it would not be validated by the run that goes on.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        interruption.wait_for_a_step()
+        if interruption.agreed():
+            raise Interrupted(interruption.NOT_BEGUN)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        # After the step's figures are logged.
         self._leave_if_saved()
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        interruption.advanced()
+        # The last step of an epoch is followed by its validation, which a run that goes on from here would leave out.
+        if not trainer.is_last_batch and interruption.agreed():
+            self._save(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not interruption.agreed():
+            return
+        pl_module.leave_evaluation()  # type: ignore[operator]
+        if trainer.state.fn == TrainerFn.FITTING:
+            _validate_again(trainer)
+            self._save(trainer)
+        self._leave()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if interruption.agreed():
+            pl_module.leave_evaluation()  # type: ignore[operator]
+            self._leave()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._any_rank(trainer):
+        if interruption.agreed():
             self._save(trainer)
             self._leave_if_saved()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        interruption.wait_for_a_step()  # a run that goes on from its last step has made none
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._rollouts_since is None:
+            return
+        if _written_since(self._rollouts_since, getattr(trainer.datamodule, "rollouts", None)):  # type: ignore[attr-defined]
+            interruption.advanced()
+        interruption.wait_for_a_step()
+        # Before the first step there is nothing to save that a fresh start would not have.
+        if isinstance(exception, Interrupted | ValueError) and trainer.global_step:
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)
@@ -83,23 +112,23 @@ class Preemption(Callback):
         if self._saved_step is not None:
             raise Interrupted(f"saved after step {self._saved_step}; the same command goes on")
 
-    def _any_rank(self, trainer: Trainer) -> bool:
-        flag = torch.tensor(float(self.received is not None), device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(flag, reduce_op="max"))
+    def _leave(self) -> None:
+        self._leave_if_saved()
+        raise Interrupted("the training is done and saved; the same command goes on with what follows it")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._any_rank(trainer):  # it came during the last validation
-            self._save(trainer)
-            self._leave_if_saved()
-        self._restore()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Before the first step there is nothing to save that a fresh start would not have.
-        if self._in_rollouts and isinstance(exception, Interrupted | ValueError) and trainer.global_step:
-            self._save(trainer)
-        self._restore()
+def _nothing() -> None:
+    pass
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+
+def _validate_again(trainer: Trainer) -> None:
+    """Put the validation loop to where it was in its first batch: a run that goes on from there begins it again."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    for counts in (progress.total, progress.current):
+        counts.ready = counts.started = 1  # type: ignore[attr-defined]
+        counts.processed = counts.completed = 0  # type: ignore[attr-defined]
+    progress.is_last_batch = False
+
+
+def _written_since(start: float, folder: Path | None) -> bool:
+    return folder is not None and any(file.stat().st_mtime >= start for file in folder.rglob("*") if file.is_file())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, Trainer
 
-from kimivl import tracking
+from kimivl import ranks, tracking
 
 
 class Problems(Callback):
@@ -30,14 +30,18 @@ class Problems(Callback):
         due = done % self.every_n_iterations == 0 or done == trainer.max_epochs
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         sampler = getattr(datamodule, "sampler", None)
-        if not (due and trainer.is_global_zero and sampler is not None and tracking.shows_media(trainer.loggers)):
+        if due and sampler is not None:
+            ranks.share(lambda: self._show(trainer, datamodule, sampler))  # when it fails, it fails on all ranks
+
+    def _show(self, trainer: Trainer, datamodule: Any, sampler: Any) -> None:
+        if not tracking.shows_media(trainer.loggers):
             return
         seen = np.flatnonzero(sampler.visits > 0)
         step = trainer.global_step
         tracking.log_histogram(trainer.loggers, "sampler/solve_rate", sampler.rate[seen], (0.0, 1.0), step)
         hardest = hardest_problems(sampler.rate, sampler.visits, self.hardest)
         rows = [_row(problem, sampler) for problem in datamodule.read_problems(datamodule.index, hardest.tolist())]
-        tracking.log_transcripts(trainer.loggers, "sampler/hardest", rows, step)
+        tracking.log_table(trainer.loggers, "sampler/hardest", rows, step)
 
 
 def hardest_problems(rate: np.ndarray, visits: np.ndarray, count: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from kimivl.callbacks.log_steps import ends_log_step
+
 SHOWN = {
     "train/loss": "loss {:.3f}",
     "perf/tokens_per_s": "{:,.0f} tok/s",
@@ -39,7 +41,7 @@ class Progress(ProgressBar):
         self._bar: RichProgress | None = None
         self._started = 0.0
         self._first_step = 0
-        self._every = self._total = 1
+        self._total = 1
         self._rollouts_since = self._said = time.perf_counter()
 
     def disable(self) -> None:
@@ -48,7 +50,6 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._first_step = time.perf_counter(), trainer.global_step
         self._total = trainer.datamodule.total_steps  # type: ignore[attr-defined]
-        self._every = max(1, int(getattr(trainer, "log_every_n_steps", 1)))
         if trainer.is_global_zero:
             self._announce(trainer, pl_module)
         if self.console.is_terminal and trainer.is_global_zero:
@@ -97,17 +98,13 @@ class Progress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, figures=self._figures(trainer, pl_module))
-        elif self._logs_now(trainer):
+        elif trainer.is_global_zero and ends_log_step(trainer):
             elapsed = time.perf_counter() - self._started
             left = elapsed / (trainer.global_step - self._first_step) * (self._total - trainer.global_step)
             figures = self._figures(trainer, pl_module)
             self._print(
                 f"{self.label} {trainer.global_step}/{self._total}  {elapsed:.0f} s, {left:.0f} s left  {figures}"
             )
-
-    def _logs_now(self, trainer: Trainer) -> bool:
-        stepped = not trainer.fit_loop._should_accumulate()
-        return trainer.is_global_zero and stepped and trainer.global_step % self._every == 0
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:
         metrics = self.get_metrics(trainer, pl_module)

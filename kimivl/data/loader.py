@@ -169,6 +169,10 @@ class PackLoader:
                 self._count(pack.holes)
             yield pack
 
+    def again(self, number: int) -> PackedBatch:
+        """The ``number``-th pack of this rank in the epoch, made once more."""
+        return self._packs[self._numbers[number]]
+
     def _count(self, holes: tuple[Hole, ...]) -> None:
         for hole in holes:
             self.dropped[hole.reason] += 1

@@ -135,9 +135,13 @@ def holds_whole_model(trainer: Mapping[str, Any]) -> bool:
 def _refuse_sharding(trainer: Mapping[str, Any]) -> None:
     if not holds_whole_model(trainer):
         raise ValueError(
-            f"trainer.strategy={trainer['strategy']}: the estimate is of one device that holds the whole model; "
-            "use trainer.strategy=auto"
+            f"trainer.strategy={_name(trainer['strategy'])}: the estimate is of one device that holds the whole model; "
+            "use strategy=auto (sharded, each device has its share of weights, gradients and optimiser states)"
         )
+
+
+def _name(strategy: Any) -> str:
+    return strategy["_target_"].rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)
 
 
 def _devices(trainer: Mapping[str, Any]) -> int:

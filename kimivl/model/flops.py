@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from kimivl.model.configuration import KimiVLConfig
 
@@ -63,7 +63,7 @@ class Flops:
     def total(self) -> float:
         return math.fsum(getattr(self, field.name) for field in fields(self))
 
-    def training(self, frozen: Collection[str] = ()) -> Flops:
+    def training(self, frozen: Collection[str] = (), adapters: bool = False) -> Flops:
         """Of forward and backward together, from those of the forward pass.
 
         A linear map costs its forward pass again for the gradient of its weights, and once more for that of its
@@ -72,12 +72,16 @@ class Flops:
 
         Args:
             frozen: children of the model that do not train, as in ``module.freeze``.
+            adapters: only low-rank adapters of the decoder train. Their own products, about one in a hundred, are not
+                counted.
 
         Raises:
             ValueError: for a name that is no child of the model.
         """
         if unknown := set(frozen) - set(PARTS):
             raise ValueError(f"module.freeze names {min(unknown)!r}; the parts are {', '.join(PARTS)}")
+        if adapters:
+            return replace(self, decoder=self.decoder * 2, attention=self.attention * 3, head=self.head * 2)
         tower, projector, decoder = (part not in frozen for part in PARTS)
         before_decoder = tower or projector
         if not (before_decoder or decoder):

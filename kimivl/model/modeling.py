@@ -84,6 +84,9 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 
+    cut_up = False
+    """Whether ranks share the parameters (`kimivl.model.parallel`): then all run the vision tower equally often."""
+
     def image_features(self, pixel_values: Tensor, image_grid_hws: Tensor, image_order: Tensor | None = None) -> Tensor:
         """(P, 3, 14, 14) pixels, uint8 or normalised, of all images -> (M, D) embeddings.
 
@@ -112,7 +115,8 @@ class KimiVLForConditionalGeneration(OfficialFormat, PreTrainedModel, Generation
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None or pixel_values.shape[0] == 0:
             self._no_placeholders(input_ids)
-            return embeds + self._touch_vision() if self.training and torch.is_grad_enabled() else embeds
+            touched = self.cut_up or self.training and torch.is_grad_enabled()
+            return embeds + self._touch_vision() if touched else embeds
         if image_grid_hws is None:
             raise ValueError("pixel_values without image_grid_hws: give the (h, w) of each image")
         features = self.image_features(pixel_values, image_grid_hws, image_order)

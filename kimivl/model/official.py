@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,7 +166,7 @@ def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
 def official_views(model: nn.Module) -> dict[str, Tensor]:
     """Official name -> view into the model's memory (inv_freq is not among them)."""
     views: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=False).items():
+    for name, tensor in _tensors(model):
         if name.endswith(".experts.gate_up_proj"):
             for expert, both in enumerate(tensor.unbind(0)):
                 gate, up = both.chunk(2, 0)
@@ -178,6 +178,15 @@ def official_views(model: nn.Module) -> dict[str, Tensor]:
         else:
             views[name] = tensor
     return views
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What ``state_dict`` has, in its order; that would cut a gathered model (``kimivl.model.parallel``) up again."""
+    for path, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}".lstrip("."), tensor.detach()
 
 
 def inv_freq_names(layers: int) -> list[str]:

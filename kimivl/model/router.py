@@ -106,11 +106,11 @@ class Router:
         return torch.stack(self._terms).sum() * self.balancing.aux_loss_weight
 
     @torch.no_grad()
-    def update_bias(self) -> None:
-        """End an optimiser step: move the biases against its load where that is on; the next load starts at 0."""
+    def update_bias(self, move: bool = True) -> None:
+        """End an optimiser step: ``move`` the biases against its load where that is on; the next load starts at 0."""
         self._step_load, self._reduced = self.load, False
         self.load = self._no_load()
-        if not self.balancing.bias_update_rate:
+        if not (move and self.balancing.bias_update_rate):
             return
         load = self.step_load()
         room = (load.sum(1, keepdim=True) - load * load.shape[1]).sign()  # in whole numbers: exact

@@ -65,6 +65,8 @@ class MuonAdamWInBackward(MuonAdamW):
         super().__init__(named_parameters, lr, **others)
         self.clip, self.clip_norm = clip, clip_norm
         self.grad_norm: Tensor | None = None
+        self.may_step: Callable[[Tensor], bool] = lambda norm: True
+        """Asked between the passes of ``two_pass``: whether a step of this norm is made."""
         self._norms: list[Tensor] = []
         self._factor: Tensor | None = None
         self._use: Callable[[Tensor], None] | None = None
@@ -85,7 +87,9 @@ class MuonAdamWInBackward(MuonAdamW):
             raise ValueError("MuonAdamWInBackward.step needs a closure that runs the forward and backward pass")
         self._begin_step()
         if self.clip == "two_pass":
-            self._run(closure, self._measure)
+            result = self._run(closure, self._measure)
+            if self.grad_norm is not None and not self.may_step(self.grad_norm):
+                return result
             self._factor = clip_factor(total_norm(self._norms), self.clip_norm)
         return self._run(closure, self._move_now)
 

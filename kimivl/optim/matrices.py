@@ -5,9 +5,11 @@ Shapes: E experts, H hidden, I expert width, R rows <= C columns of a matrix lai
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 # Tables and heads: two dimensions or more, but rows that are looked up and not a map between spaces.
 TABLES = ("embed_tokens", "lm_head", "pos_emb")
@@ -70,15 +72,40 @@ def matrices_of(name: str, parameter: Tensor, splits: Mapping[str, int]) -> Matr
     return Matrices(stacked * split, rows // split, cols)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its rows where it is cut up over ranks, else all of it; no copy."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():  # outside of autograd it is the tensor itself, to be moved in place
+        return tensor.to_local()
+
+
+def shards_of(name: str, parameter: Tensor) -> Any:
+    """The group of ranks that a parameter is cut up over, None where it is whole.
+
+    Raises:
+        ValueError: for one that is cut in another way than along its rows.
+    """
+    if not isinstance(parameter, DTensor):
+        return None
+    if tuple(parameter.placements) != (Shard(0),):
+        raise ValueError(
+            f"{name} lies on the ranks as {parameter.placements}: cut it along its first dimension only (fully_shard "
+            "with a mesh of one dimension)"
+        )
+    return parameter.device_mesh.get_group()
+
+
 class Piece(NamedTuple):
-    """A part of a parameter, and of its gradient and states: ``part`` of them read as ``view``."""
+    """A part of a parameter (of what this rank holds of it), and of its gradient and states: ``part`` of them read as
+    ``view``."""
 
     parameter: Tensor
     view: Sequence[int]
     part: slice
 
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(self.view)[self.part]
+        return local(tensor).reshape(self.view)[self.part]
 
 
 def cut(counts: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:

@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
-from torch.optim import Optimizer
+import torch.distributed as dist
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from kimivl.optim.costs import Copies, adamw_bytes, muon_bytes
-from kimivl.optim.matrices import SPLITS, Piece, cut, matrices_of
+from kimivl.optim.dealing import deal, orthogonalise_cut, orthogonalise_replicas, rounds
+from kimivl.optim.matrices import SPLITS, Matrices, Piece, cut, local, matrices_of, shards_of
 from kimivl.optim.newton_schulz import newton_schulz_flops, orthogonalise
-from kimivl.optim.rounding import ROUNDINGS, Wide, seed_of
+from kimivl.optim.rounding import ROUNDINGS, Wide
+from kimivl.optim.states import WideOptimizer, float_dtype
 
 # The update RMS of AdamW that Muon's update is scaled to (Moonlight, equation 4).
 RMS_MATCH = 0.2
@@ -37,7 +39,7 @@ CPU_BATCH_NUMEL = 2**18
 BLOCK = 1024
 
 
-class MuonAdamW(Optimizer):
+class MuonAdamW(WideOptimizer):
     """One optimiser, with one state dict, for all parameters of a Kimi-VL model.
 
     Routing is by name and shape. Muon takes matrices: the rows of fused ``wqkv`` per q, k and v, stacked
@@ -46,6 +48,9 @@ class MuonAdamW(Optimizer):
     tower's position table, norms, biases and LoRA factors. Parameters without a gradient are skipped.
 
     All arithmetic but the Newton-Schulz products is in float32, whatever the dtype of parameters and states.
+
+    Parameters that FSDP2 has cut up over ranks are moved where they lie; matrices that no rank has whole are dealt out
+    (``kimivl.optim.dealing``). Where every rank holds all parameters, ``deal_over`` shares that work out too.
 
     Example::
 
@@ -92,15 +97,15 @@ class MuonAdamW(Optimizer):
             raise ValueError(f"optimizer.rounding={rounding}: choose one of {', '.join(ROUNDINGS)}")
         named = dict(named_parameters)
         splits = SPLITS if splits is None else splits
-        self._matrices = {
-            parameter: matrices
-            for name, parameter in named.items()
-            if (matrices := matrices_of(name, parameter, splits)) is not None
-        }
-        self._ns_dtype = _float_dtype("ns_dtype", ns_dtype)
-        self._state_dtype = _float_dtype("state_dtype", state_dtype)
+        self._matrices: dict[Tensor, Matrices] = {}
+        self._cut: set[Tensor] = set()  # matrices whose rows lie on several ranks
+        self._replicas: Any = None  # the ranks that hold the same parameters, and share the work
+        for name, parameter in named.items():
+            self._take_in(parameter, matrices_of(name, parameter, splits), shards_of(name, parameter))
+        self._ns_dtype = float_dtype("ns_dtype", ns_dtype)
+        self._state_dtype = float_dtype("state_dtype", state_dtype)
         self._rounding = rounding
-        self._generators: dict[torch.device, Generator] = {}
+        self._generators = {}
         muon = {
             "params": [parameter for parameter in named.values() if parameter in self._matrices],
             "lr": lr,
@@ -117,6 +122,23 @@ class MuonAdamW(Optimizer):
         }
         super().__init__([muon, rest], {"weight_decay": weight_decay})
 
+    def _take_in(self, parameter: Tensor, matrices: Matrices | None, shards: Any) -> None:
+        self._shards = self._shards or shards
+        if matrices is None:
+            return
+        if shards is not None and parameter.ndim == 3:  # stacked experts: each of them is whole on a rank
+            matrices = matrices._replace(number=matrices.number // len(parameter) * len(local(parameter)))
+        elif shards is not None:
+            self._cut.add(parameter)
+        self._matrices[parameter] = matrices
+
+    def deal_over(self, group: Any) -> None:
+        """Share the Newton-Schulz work among the ranks of ``group``, which hold the same parameters and gradients.
+
+        They must step together then. The result is that of each working alone.
+        """
+        self._replicas = group
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returned."""
@@ -130,61 +152,90 @@ class MuonAdamW(Optimizer):
         self._step_adamw(_with_gradient(rest["params"]))
         return loss
 
-    def _begin_step(self) -> None:
-        """Count the step and start its random bits, the same ones whenever this step is made."""
-        group = self.param_groups[0]
-        group["steps"] += 1
-        for generator in self._generators.values():
-            generator.manual_seed(seed_of(group["steps"]))
-
-    def _noise(self, device: torch.device) -> Generator | None:
-        if self._rounding != "stochastic":
-            return None
-        if device not in self._generators:
-            self._generators[device] = Generator(device).manual_seed(seed_of(self.param_groups[0]["steps"]))
-        return self._generators[device]
-
     # ---- Muon -------------------------------------------------------------------------------------------------
 
     def _step_muon(self, parameters: Sequence[Tensor]) -> None:
-        for batch in self._muon_batches(parameters):
-            self._move(batch)
+        self._make_states(parameters, "momentum_buffer")
+        batches = self._muon_batches([parameter for parameter in parameters if parameter not in self._cut])
+        if self._replicas is None:
+            for batch in batches:
+                self._move_stack(batch, orthogonalise(self._stacked(batch), self.param_groups[0]["ns_steps"]))
+        else:
+            self._step_replicas(list(batches))
+        for members in _alike(parameter for parameter in parameters if parameter in self._cut):
+            self._step_cut(members)
 
     def _muon_batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Piece]]:
         """Matrices of one shape and dtype, at most MAX_BATCH_NUMEL numbers (and at least one matrix) at a time."""
         alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             alike[self._matrices[parameter].wide, parameter.device, parameter.dtype].append(parameter)
+        ranks = 1 if self._replicas is None else dist.get_world_size(self._replicas)
         for (wide, _, _), members in alike.items():
-            limit = max(1, _batch_numel(members[0]) // math.prod(wide))
+            limit = max(1, min(_batch_numel(members[0]), MAX_BATCH_NUMEL // ranks) // math.prod(wide))
             for batch in cut([self._matrices[parameter].number for parameter in members], limit):
                 yield [Piece(members[i], self._matrices[members[i]], part) for i, part in batch]
 
-    def _move(self, pieces: list[Piece]) -> None:
-        """Move the matrices of one batch."""
-        group, device = self.param_groups[0], pieces[0].parameter.device
-        moves = orthogonalise(self._nesterov(pieces, group["momentum"]), group["ns_steps"]).float()
-        weights = self._weights(pieces)
-        torch._foreach_mul_(weights.values, 1 - group["lr"] * group["weight_decay"])
-        step_size = group["lr"] * RMS_MATCH * math.sqrt(moves.shape[2])
-        values = self._laid_wide(pieces, weights.values)
-        torch._foreach_add_(values, list(moves.split([len(value) for value in values])), alpha=-step_size)
-        weights.store(self._noise(device))
+    def _step_replicas(self, batches: list[list[Piece]]) -> None:
+        """All ranks make all updates, do their share of the products, and move all parameters."""
+        sizes = [sum(piece.of(piece.parameter).numel() for piece in batch) for batch in batches]
+        for taken in rounds([0] * len(batches), sizes, MAX_BATCH_NUMEL):
+            stacks = [self._stacked(batches[number]) for number in taken]
+            moves = orthogonalise_replicas(stacks, self.param_groups[0]["ns_steps"], self._replicas)
+            for number, move in zip(taken, moves, strict=True):
+                self._move_stack(batches[number], move)
 
-    def _nesterov(self, pieces: list[Piece], momentum: float) -> Tensor:
-        """The updates U (B, R, C) of one batch in ``ns_dtype``, after the momenta M have taken in the gradients.
+    def _step_cut(self, parameters: list[Tensor]) -> None:
+        """Each rank updates its rows; a matrix goes to one rank for the products, and its rows come back."""
+        ranks, steps = dist.get_world_size(self._shards), self.param_groups[0]["ns_steps"]
+        matrices = [self._matrices[parameter] for parameter in parameters]
+        owners = deal([newton_schulz_flops(*each, steps=steps) for each in matrices], ranks)
+        for taken in rounds(owners, [math.prod(each) for each in matrices], MAX_BATCH_NUMEL):
+            pieces = [Piece(parameters[n], (-1, matrices[n].cols), slice(None)) for n in taken]
+            moves = orthogonalise_cut(
+                self._updates(pieces),
+                [matrices[number] for number in taken],
+                [owners[number] for number in taken],
+                steps,
+                _batch_numel(parameters[0]),
+                self._shards,
+            )
+            for long in sorted({matrices[number].wide[1] for number in taken}):
+                alike = [place for place, number in enumerate(taken) if matrices[number].wide[1] == long]
+                self._move([pieces[i] for i in alike], [moves[i] for i in alike], long, laid_wide=False)
+
+    def _stacked(self, pieces: list[Piece]) -> Tensor:
+        """(B, R, C) updates of the matrices of one batch."""
+        return torch.cat(self._laid_wide(pieces, self._updates(pieces)))
+
+    def _updates(self, pieces: list[Piece]) -> list[Tensor]:
+        """The updates U of pieces, in ``ns_dtype``, after the momenta M have taken in the gradients.
 
         Written as interpolations, as torch.optim.Muon does: M and U are then ``1 - momentum`` times those
         of the paper, a factor that the normalisation in Newton-Schulz takes out again.
         """
+        momentum, device = self.param_groups[0]["momentum"], pieces[0].parameter.device
         gradients = self._gradients(pieces)
         momenta = Wide([piece.of(self._state(piece.parameter, "momentum_buffer")) for piece in pieces])
         torch._foreach_lerp_(momenta.values, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, momenta.values, momentum)
-        device = pieces[0].parameter.device
         momenta.store(self._noise(device))
         del gradients, momenta  # frees float32 copies
-        return torch.cat(self._laid_wide(pieces, updates)).to(self._products_dtype(device))
+        return [update.to(self._products_dtype(device)) for update in updates]
+
+    def _move(self, pieces: list[Piece], moves: Sequence[Tensor], long: int, laid_wide: bool = True) -> None:
+        """Move pieces by their orthogonalised updates, of matrices with a longer side of ``long``."""
+        group = self.param_groups[0]
+        weights = self._weights(pieces)
+        torch._foreach_mul_(weights.values, 1 - group["lr"] * group["weight_decay"])
+        values = self._laid_wide(pieces, weights.values) if laid_wide else weights.values
+        step_size = group["lr"] * RMS_MATCH * math.sqrt(long)
+        torch._foreach_add_(values, [move.float() for move in moves], alpha=-step_size)
+        weights.store(self._noise(pieces[0].parameter.device))
+
+    def _move_stack(self, pieces: list[Piece], moves: Tensor) -> None:
+        counts = [len(piece.of(piece.parameter)) for piece in pieces]
+        self._move(pieces, moves.split(counts), moves.shape[2])
 
     def _products_dtype(self, device: torch.device) -> torch.dtype:
         return self._ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -195,17 +246,20 @@ class MuonAdamW(Optimizer):
     # ---- AdamW ------------------------------------------------------------------------------------------------
 
     def _step_adamw(self, parameters: Sequence[Tensor]) -> None:
+        self._make_states(parameters, "exp_avg", "exp_avg_sq", "step")
         for members in _alike(parameters):
-            for batch in self._adamw_batches(members):
+            for batch in self._adamw_batches([member for member in members if local(member).numel()]):
                 self._adamw(batch)
             torch._foreach_add_([self._state(parameter, "step") for parameter in members], 1)
 
     def _adamw_batches(self, members: list[Tensor]) -> Iterator[list[Piece]]:
         """Four tensors a parameter are widened at once; where all are float32 there is nothing to widen or to cut."""
+        if not members:
+            return
         if members[0].dtype == self._dtype_of_state(members[0]) == torch.float32:
             yield [Piece(member, (-1,), slice(None)) for member in members]
             return
-        blocks = [math.ceil(member.numel() / BLOCK) for member in members]
+        blocks = [math.ceil(local(member).numel() / BLOCK) for member in members]
         for batch in cut(blocks, max(1, _batch_numel(members[0]) // (4 * BLOCK))):
             yield [Piece(members[i], (-1,), slice(part.start * BLOCK, part.stop * BLOCK)) for i, part in batch]
 
@@ -238,52 +292,20 @@ class MuonAdamW(Optimizer):
         for changed in (weights, first, second):
             changed.store(noise)
 
-    # ---- state ------------------------------------------------------------------------------------------------
-
-    def _weights(self, pieces: list[Piece]) -> Wide:
-        parameters = [piece.of(piece.parameter) for piece in pieces]
-        if self._rounding != "master" or parameters[0].dtype != torch.bfloat16:
-            return Wide(parameters)
-        return Wide(parameters, [piece.of(self._state(piece.parameter, "remainder")) for piece in pieces])
-
-    @staticmethod
-    def _gradients(pieces: list[Piece]) -> list[Tensor]:
-        return Wide([piece.of(piece.parameter.grad) for piece in pieces if piece.parameter.grad is not None]).values
-
-    def _state(self, parameter: Tensor, name: str) -> Tensor:
-        state = self.state[parameter]
-        if name not in state:
-            shape = () if name == "step" else parameter.shape
-            state[name] = torch.zeros(shape, dtype=self._dtype_of(name, parameter), device=parameter.device)
-        return state[name]
-
-    def _dtype_of(self, name: str, parameter: Tensor) -> torch.dtype:
-        special = {"step": torch.float32, "remainder": torch.int16}
-        return special.get(name) or self._dtype_of_state(parameter)
-
-    def _dtype_of_state(self, parameter: Tensor) -> torch.dtype:
-        return self._state_dtype or parameter.dtype
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state dict, each tensor in the dtype that this optimiser keeps it in.
-
-        torch's own would cast all of them to the dtype of the parameter: float32 moments of bf16 parameters would
-        lose half of their bits, and the remainders their meaning.
-        """
-        super().load_state_dict({**state_dict, "state": {}})
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                dtype = self._dtype_of(name, parameter)
-                self.state[parameter][name] = value.to(dtype=dtype, device=parameter.device)
-
     # ---- costs ------------------------------------------------------------------------------------------------
 
     def newton_schulz_flops(self) -> int:
-        """Floating-point operations of the orthogonalisation in one step of all parameters."""
+        """Floating-point operations of the orthogonalisation in one step, of what this rank does on average."""
         steps = self.param_groups[0]["ns_steps"]
-        return sum(newton_schulz_flops(*matrices, steps=steps) for matrices in self._matrices.values())
+        own, dealt = 0, 0
+        for parameter, matrices in self._matrices.items():
+            flops = newton_schulz_flops(*matrices, steps=steps)
+            if parameter in self._cut or self._replicas is not None:
+                dealt += flops
+            else:
+                own += flops
+        ranks = dist.get_world_size(self._shards or self._replicas) if dealt else 1
+        return own + dealt // ranks
 
     def workspace(self) -> int:
         """Bytes that one step takes at its peak and gives back, every parameter with a gradient; on any device."""
@@ -305,17 +327,6 @@ class MuonAdamW(Optimizer):
         return Copies.of(parameter.dtype, self._dtype_of_state(parameter), self._rounding)
 
 
-def reset_state(optimizer: Optimizer) -> None:
-    """Zero momenta, moments and step counts in place, as in a new optimiser.
-
-    The remainders of ``rounding="master"`` stay: they are the lower half of the parameters.
-    """
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and name != "remainder":
-                value.zero_()
-
-
 def _alike(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """Parameters by device and dtype."""
     groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
@@ -330,15 +341,6 @@ def _batch_numel(parameter: Tensor) -> int:
 
 def _with_gradient(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter for parameter in parameters if parameter.grad is not None]
-
-
-def _float_dtype(key: str, name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"optimizer.{key}={name}: name a floating-point dtype such as bfloat16 or float32")
-    return dtype
 
 
 def _check(below: float, **settings: float) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 
+from kimivl import ranks
 from kimivl.rl.collect import Collected
 
 
@@ -20,6 +21,8 @@ class RolloutsAhead:
         trainer         collect 0 (0)  train 0 | sync 1    train 1 | sync 2
         engine                         collect 1 (0)       collect 2 (1)
 
+    Ranks agree in it through a group of its own, beside the collectives of training.
+
     Args:
         collect: (iteration, iteration whose policy the engine has) -> what was collected.
         last: the run's last iteration.
@@ -29,18 +32,22 @@ class RolloutsAhead:
         self._collect, self.max_behind, self._last = collect, max_behind, last
         self._jobs: dict[int, Future[Collected]] = {}
         self._queue: SimpleQueue[tuple[int, int, Future[Collected]] | None] = SimpleQueue()
+        self._group = ranks.group_apart()
         # A daemon: a run that is stopped does not wait for responses that nobody will train on.
         self._thread = Thread(target=self._work, name="rollouts", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
-        while (asked := self._queue.get()) is not None:
-            iteration, version, job = asked
-            if job.set_running_or_notify_cancel():
-                try:
-                    job.set_result(self._collect(iteration, version))
-                except BaseException as error:  # noqa: BLE001  raised where it is taken
-                    job.set_exception(error)
+        with ranks.within(self._group):
+            while (asked := self._queue.get()) is not None:
+                self._do(*asked)
+
+    def _do(self, iteration: int, version: int, job: Future[Collected]) -> None:
+        if job.set_running_or_notify_cancel():
+            try:
+                job.set_result(self._collect(iteration, version))
+            except BaseException as error:  # noqa: BLE001  raised where it is taken
+                job.set_exception(error)
 
     @property
     def idle(self) -> bool:

@@ -1,27 +1,32 @@
-"""One RL iteration's rollouts: sampler -> requests -> engine -> reward -> gates -> experience."""
+"""One RL iteration's rollouts: sampler -> requests -> engine -> reward -> gates -> experience.
+
+Of several ranks each draws the same problems, answers its share of them, and is sent what the others have of theirs:
+from there on all know the whole iteration, and decide alike what comes of it.
+"""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from kimivl import ranks
+from kimivl.rl.answer import Answered, Iteration, answer
+from kimivl.rl.exchange import Exchange, shares
 from kimivl.rl.experience import Experience
 from kimivl.rl.partial import Draft, OpenGroup, PartialRollouts
 from kimivl.rl.record import KeptResponses, RolloutRecord
 from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine, response_seed
 from kimivl.rl.sampler import ProblemSampler
-from kimivl.rl.scored import ScoredGroup, experience_of, figures_of, rows_of
-from kimivl.rl.types import Group, Problem, Request, Response, Sampling
+from kimivl.rl.scored import ScoredGroup, experience_of, figures_of, over_ranks, rows_of
+from kimivl.rl.types import Problem, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +61,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What an iteration has brought: ``experience`` (its reference log-probabilities still zero) with the problems it
-    answers, figures to log, and the collector's state as it was afterwards."""
+    """What an iteration has brought: ``experience`` (its reference log-probabilities still zero) with those of its
+    problems that this rank has read, figures to log, and the collector's state as it was afterwards."""
 
     experience: Experience
     problems: dict[int, Problem]
@@ -65,28 +70,14 @@ class Collected:
     state: dict[str, Any]
 
 
-@dataclass(slots=True)
-class _Iteration:
-    """What is known of the iteration while it is collected. ``version``: the iteration whose policy the engine has."""
-
-    number: int
-    progress: float
-    version: int
-    engine: RolloutEngine
-    reward: Reward
-    kept: KeptResponses
-    report: Callable[[int, int], None]
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    tokens: int = 0
-
-
 class Collector:
     """Collects the experience of an iteration, and keeps what goes on into the next one.
 
     Args:
-        sampler: says which problems. read: numbers -> those problems that can be read.
+        sampler: says which problems. read: numbers -> those problems that can be read; a rank asks for its own.
         advantages: (R,) rewards, (R,) group numbers -> (R,) advantages.
         rollouts: folder of the record of all rollouts; None keeps none.
+        exchange: how the ranks keep together.
     """
 
     def __init__(
@@ -97,6 +88,7 @@ class Collector:
         advantages: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         plan: Plan,
         rollouts: Path | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.sampler = sampler
         self.read = read
@@ -104,6 +96,7 @@ class Collector:
         self.advantages = advantages
         self.plan = plan
         self.record = RolloutRecord(rollouts)
+        self.exchange = exchange or Exchange()
         self.waiting = PartialRollouts()
         self.empty = 0
         self._problems: dict[int, Problem] = {}
@@ -131,22 +124,22 @@ class Collector:
             report: called with the number of responses that are there, and of those asked for.
 
         Raises:
-            ValueError: when the engine fails, when no problem is left to draw or no response can be judged, or after
-                ``max_empty`` iterations in a row without an admitted group. Whatever is raised, what the engine gave
-                is kept.
+            ValueError: when the engine fails, here or on another rank, when no problem is left to draw or no response
+                can be judged, or after ``max_empty`` iterations in a row without an admitted group. Whatever is raised,
+                what the engine gave is kept.
         """
-        self.record.begin(iteration)
+        ranks.share(lambda: self.record.begin(iteration))
         version = iteration if version is None else version
         # What runs ahead of training is drawn again by a run that goes on: its policy is no more.
         kept = self.record.kept(iteration, policy) if version == iteration else KeptResponses(None, policy)
-        this = _Iteration(iteration, progress, version, engine, reward, kept, report)
+        this = Iteration(iteration, progress, version, engine, reward, kept, report, self.exchange.poll)
         try:
             return self._collect(this)
         except BaseException:  # of the engine, the reward or the disk, or Ctrl-C
             kept.save()
             raise
 
-    def _collect(self, this: _Iteration) -> Collected:
+    def _collect(self, this: Iteration) -> Collected:
         scored: list[ScoredGroup] = []
         rounds = 0
         for attempt in range(self.plan.rounds):
@@ -163,102 +156,53 @@ class Collector:
 
     # Which problems.
 
-    def _open(self, this: _Iteration, count: int, attempt: int, used: Sequence[int]) -> list[OpenGroup]:
+    def _open(self, this: Iteration, count: int, attempt: int, used: Sequence[int]) -> list[OpenGroup]:
         """New groups of ``count`` problems that are not in use in this iteration."""
         if count < 1:
             return []
         leave_out = [*used, *_numbers(self.waiting.groups.values())]
         numbers = self.sampler.sample(count, this.number, this.progress, leave_out, attempt).tolist()
-        self._problems |= {problem.number: problem for problem in self.read(numbers)}
         return [
             OpenGroup(number, this.number, [Draft(self._seed(this, number, k)) for k in range(self.plan.responses)])
             for number in numbers
-            if number in self._problems
         ]
 
-    def _seed(self, this: _Iteration, problem: int, sample: int) -> int:
+    def _seed(self, this: Iteration, problem: int, sample: int) -> int:
         return response_seed(self.plan.seed, this.number, problem, sample)
 
-    def _problem(self, number: int) -> Problem:
-        """The problem of a group that waits; after a resume it has to be read again."""
-        if number not in self._problems:
-            self._problems |= self.read_again([number])
-        return self._problems[number]
-
     def read_again(self, numbers: Sequence[int]) -> dict[int, Problem]:
-        """Problems that a checkpoint has responses to, by number."""
+        """Problems that there are responses to, by number; all must be there."""
         found = {problem.number: problem for problem in self.read(numbers)}
         if len(found) < len(numbers):
             raise ValueError(
-                "problems that the checkpoint has responses to can no longer be read (see the warnings above): bring "
-                "back their shards, or start anew without ckpt_path"
+                "problems that there are responses to can no longer be read (see the warnings above): bring back their "
+                "shards, or start anew without ckpt_path"
             )
         return found
 
     # Their responses, and what they are worth.
 
-    def _answer(self, this: _Iteration, groups: Sequence[OpenGroup]) -> list[ScoredGroup]:
-        """Go on with these groups: those that come to be complete, scored; the others wait."""
-        places = [(group, k) for group in groups for k, draft in enumerate(group.drafts) if not draft.complete]
-        requests = [group.drafts[k].request(self._problem(group.number), self.plan.budget) for group, k in places]
-        scores: dict[int, Future[Any]] = {}
-        # The judge works beside the engine; it is asked by one thread at a time.
-        with ThreadPoolExecutor(1, "judge") as judge:
-            started = time.perf_counter()
-            try:
-                for number, response in self._responses(this, requests):
-                    group, k = places[number]
-                    group.drafts[k] = group.drafts[k].extended(response, this.version)
-                    if group.complete:
-                        scores[group.number] = judge.submit(self._score, this, group)
-                generated = time.perf_counter()
-                found = [scores[group.number].result() for group in groups if group.complete]
-            except BaseException:
-                judge.shutdown(wait=False, cancel_futures=True)  # else the error would wait for all that is queued
-                raise
-        this.seconds["perf/generate_s"] += generated - started
-        this.seconds["perf/score_s"] += time.perf_counter() - generated
-        self.waiting.put([group for group in groups if not group.complete])
-        return [self._admit(group) for group in found]
+    def _answer(self, this: Iteration, groups: Sequence[OpenGroup]) -> list[ScoredGroup]:
+        """Go on with these groups: those that come to be complete, scored; the others wait. New ones whose problem
+        cannot be read are left out."""
+        difficulty = self.sampler.difficulty[_numbers(groups)].tolist()
+        dealt = shares(groups, difficulty, ranks.world_size())[ranks.rank()]
+        found: dict[int, Answered] = {}
+        for part in self.exchange.run(lambda: self._answer_own(this, [groups[place] for place in dealt])):
+            found |= part
+        answered = [found[group.number] for group in groups if group.number in found]
+        self.waiting.put([one.group for one in answered if not one.group.complete])
+        return [self._admit(one.scored) for one in answered if one.scored is not None]
 
-    def _score(self, this: _Iteration, group: OpenGroup) -> ScoredGroup:
-        """Responses that the engine failed to give are left out, and counted."""
-        drafts = [draft for draft in group.drafts if draft.response is not None and draft.response.stop != "error"]
-        problem, errors = self._problem(group.number), len(group.drafts) - len(drafts)
-        if not drafts:
-            return ScoredGroup(problem, [], None, errors)
-        responses = [draft.response for draft in drafts if draft.response is not None]
-        [scores] = this.reward.score([Group(problem, responses)], this.progress)
-        return ScoredGroup(problem, drafts, scores, errors)
-
-    def _responses(self, this: _Iteration, requests: Sequence[Request]) -> Iterator[tuple[int, Response]]:
-        """(number of the request, response): those that an interrupted run has left, then the engine's."""
-        there = {number: this.kept.get(request) for number, request in enumerate(requests)}
-        missing = [number for number, response in there.items() if response is None]
-        done = 0
-        for number, response in there.items():
-            if response is not None:
-                done += 1
-                yield number, response
-        this.report(done, len(requests))
-        try:
-            for place, response in this.engine.stream([requests[number] for number in missing], self.sampling):
-                number, done = missing[place], done + 1
-                this.kept.add(requests[number], response)
-                this.tokens += max(0, len(response) - len(requests[number].prefix))  # an error may come without them
-                this.report(done, len(requests))
-                yield number, response
-            if done < len(requests):
-                raise RuntimeError(f"it gave {done} of {len(requests)} responses and no more")
-        except Exception as error:
-            raise ValueError(self._failure(this, error, done, len(requests))) from error
-
-    def _failure(self, this: _Iteration, error: Exception, done: int, total: int) -> str:
-        said = f"the rollout engine failed in iteration {this.number} after {done} of {total} responses: "
-        said += f"{str(error).strip() or type(error).__name__}; "
-        if this.kept.folder is None:
-            return said + "they are lost, because data.rollouts is null or they ran ahead of training"
-        return said + f"they are kept in {this.kept.folder}, and the same command goes on with them"
+    def _answer_own(self, this: Iteration, groups: Sequence[OpenGroup]) -> dict[int, Answered]:
+        """This rank's share of the groups."""
+        unread = [group for group in groups if group.number not in self._problems]
+        going_on = [group.number for group in unread if group.begun]
+        self._problems |= self.read_again(going_on)  # after a resume, or by another rank's hands
+        new = self.read([group.number for group in unread if not group.begun])
+        self._problems |= {problem.number: problem for problem in new}
+        readable = [group for group in groups if group.number in self._problems]
+        return answer(this, readable, self._problems, self.sampling, self.plan.budget)
 
     def _admit(self, group: ScoredGroup) -> ScoredGroup:
         """Ask the gates; they look at what is right, not at the shaped reward."""
@@ -271,7 +215,7 @@ class Collector:
 
     # What comes of it.
 
-    def _finish(self, this: _Iteration, scored: list[ScoredGroup], rounds: int) -> Collected:
+    def _finish(self, this: Iteration, scored: list[ScoredGroup], rounds: int) -> Collected:
         judged = [group for group in scored if group.judged.any()]
         admitted = [group for group in scored if group.rejected is None]
         self._check(this, scored, judged, admitted)
@@ -286,22 +230,31 @@ class Collector:
             np.array([float(group.judged_scores[0].mean()) for group in judged]),
             this.number,
         )
-        figures = figures_of(scored, experience) | self.sampler.figures(this.progress) | this.engine.figures()
-        figures |= {
-            **this.seconds,
-            "rollout/waiting": self.waiting.unfinished,
-            "sampler/rounds": rounds,
-            "perf/rollout_tokens_per_s": this.tokens / max(this.seconds["perf/generate_s"], 1e-9),
-        }
-        self.record.write(this.number, rows_of(this.number, scored, experience))
-        this.kept.save()
+        figures = figures_of(scored, experience) | self.sampler.figures(this.progress)
+        figures |= {"rollout/waiting": self.waiting.unfinished, "sampler/rounds": rounds}
+        figures |= self._keep(this, scored, experience)
         needed = {group.problem.number for group in used}
-        problems = {number: self._problems[number] for number in needed}
+        problems = {number: problem for number, problem in self._problems.items() if number in needed}
         self._problems = {number: self._problems[number] for number in self.waiting.groups if number in self._problems}
         return Collected(experience, problems, figures, self.state_dict())
 
+    def _keep(self, this: Iteration, scored: list[ScoredGroup], experience: Experience) -> dict[str, float]:
+        """Write what the iteration has been; returns the figures of the work of all ranks."""
+
+        def own() -> tuple[int, dict[str, float], dict[str, float]]:
+            self.record.write(this.number, rows_of(this.number, scored, experience))
+            this.kept.save()
+            return this.tokens, this.seconds, this.engine.figures()
+
+        tokens, seconds, of_engine = zip(*ranks.attempt(own), strict=True)
+        figures = over_ranks(of_engine) | over_ranks(seconds)
+        generate = [own["perf/generate_s"] for own in seconds]
+        slowest = max(*generate, 1e-9)
+        balance = {"perf/rollout_balance": sum(generate) / len(generate) / slowest} if len(generate) > 1 else {}
+        return figures | {"perf/rollout_tokens_per_s": sum(tokens) / slowest} | balance
+
     def _check(
-        self, this: _Iteration, scored: list[ScoredGroup], judged: list[ScoredGroup], admitted: list[ScoredGroup]
+        self, this: Iteration, scored: list[ScoredGroup], judged: list[ScoredGroup], admitted: list[ScoredGroup]
     ) -> None:
         if not scored:
             raise ValueError(

@@ -121,8 +121,8 @@ def deal(
 
     Args:
         lengths: (R,) tokens of each trajectory. problem: (R,) the problem of each.
-        packs_per_step: at least so many; more where packs would pass ``max_length`` tokens. All steps have equally
-            many, so that a step without responses enough has empty ones.
+        packs_per_step: so many, or a multiple where packs would pass ``max_length`` tokens, so that as many ranks have
+            equally many. All steps have the same number: one without responses enough has empty packs.
 
     Raises:
         ValueError: when a single trajectory is longer than ``max_length``.
@@ -130,13 +130,15 @@ def deal(
     if max_length is not None and int(lengths.max()) > max_length:
         raise ValueError(f"data.max_length={max_length}: a prompt with its response has {int(lengths.max())} tokens")
     parts = _parts(problem, steps, np.random.default_rng(seed))
-    if max_length is not None:
-        packs_per_step = max(packs_per_step, *(math.ceil(int(lengths[part].sum()) / max_length) for part in parts))
+    least = 1 if max_length is None else max(math.ceil(int(lengths[part].sum()) / max_length) for part in parts)
+    times = math.ceil(least / packs_per_step)
     while True:
-        packs = [pack for part in parts for pack in _balanced(lengths, problem, part, packs_per_step, max_length)]
+        packs = [
+            pack for part in parts for pack in _balanced(lengths, problem, part, times * packs_per_step, max_length)
+        ]
         if max_length is None or all(int(lengths[pack].sum()) <= max_length for pack in packs):
-            return Deal(packs, packs_per_step)
-        packs_per_step += max(1, packs_per_step // 50)
+            return Deal(packs, times * packs_per_step)
+        times += max(1, times // 50)
 
 
 def _parts(problem: Tensor, steps: int, generator: np.random.Generator) -> list[list[int]]:
@@ -210,12 +212,17 @@ def make_batch(
 
     An empty pack becomes the shortest response with weight and advantage 0: a step needs all its packs.
     """
-    members = dealt.packs[number] or [int(experience.lengths.argmin())]
+    members = members_of(experience, dealt, number)
     trajectories = _trajectories(experience, members, dealt.of_step(number))
     if not dealt.packs[number]:
         advantage, weight = torch.zeros_like(trajectories.advantage), torch.zeros_like(trajectories.weight)
         trajectories = replace(trajectories, advantage=advantage, weight=weight)
     return TrajectoryBatch(_pack(experience, members, prompts), trajectories, _experts(experience, members))
+
+
+def members_of(experience: Experience, dealt: Deal, number: int) -> list[int]:
+    """The responses that pack ``number`` shows; an empty one shows the shortest of all."""
+    return dealt.packs[number] or [int(experience.lengths.argmin())]
 
 
 def _pack(experience: Experience, members: Sequence[int], prompts: Mapping[int, EncodedSample]) -> PackedBatch:

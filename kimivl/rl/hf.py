@@ -96,6 +96,7 @@ class HFRolloutEngine(RolloutEngine):
         cache = self.model.slot_cache(counts.slots)
         tickets: deque[Ticket] = deque()
         while True:
+            self.poll()
             self._fill(slots, cache, queue, tickets, counts)
             if slots.live == 0:
                 return

@@ -88,6 +88,11 @@ class OpenGroup:
     def unfinished(self) -> int:
         return sum(not draft.complete for draft in self.drafts)
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything is written."""
+        return any(draft.response is not None for draft in self.drafts)
+
 
 class PartialRollouts:
     """The buffer of groups that wait for another iteration, oldest first.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kimivl import ranks
 from kimivl.rl.partial import response_of, response_state
 from kimivl.rl.types import Request, Response
 
@@ -22,7 +23,8 @@ SAVE_EVERY = 60.0
 
 class RolloutRecord:
     """The folder ``data.rollouts``: ``000012.jsonl`` with a line per group of iteration 12, once it is collected, and
-    ``000012.partial/`` with its responses from the time they are drawn until a checkpoint has them.
+    ``000012.partial/`` with its responses from the time they are drawn until a checkpoint has them, in files of each
+    rank. All ranks have the same folder; the first writes the lines and removes what is to be removed.
 
     Files are written whole or not at all. The responses of an interrupted iteration are used again by the policy that
     drew them, and only by it: after a resume from an earlier step that came out differently they are drawn anew.
@@ -37,13 +39,13 @@ class RolloutRecord:
     def begin(self, iteration: int) -> None:
         """Remove the lines of later iterations: a run that was gone back in, or started anew, takes their place."""
         for number, path in self._files("jsonl"):
-            if number >= iteration:
+            if number >= iteration and ranks.is_first():
                 path.unlink()
 
     def saved(self, iteration: int) -> None:
         """A checkpoint has the experience of this iteration: the responses up to it are needed no more."""
         for number, path in self._files("partial"):
-            if number <= iteration:
+            if number <= iteration and ranks.is_first():
                 shutil.rmtree(path, ignore_errors=True)
 
     def _files(self, kind: str) -> list[tuple[int, Path]]:
@@ -55,7 +57,7 @@ class RolloutRecord:
         return KeptResponses(None if self.folder is None else self.folder / f"{iteration:06d}.partial", policy)
 
     def write(self, iteration: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        if self.folder is None:
+        if self.folder is None or not ranks.is_first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._jsonl(iteration)
@@ -72,6 +74,8 @@ class RolloutRecord:
 class KeptResponses:
     """Responses of one iteration by request, on the disk at least every minute, in files that hold what is new.
 
+    Each rank finds those of all, and writes its own: a run may go on with other ranks.
+
     Args:
         folder: of the files; None keeps nothing.
         policy: tells one policy from another.
@@ -84,17 +88,20 @@ class KeptResponses:
         self._saved_at = time.monotonic()
         files = [] if folder is None else sorted(folder.glob("[0-9]*.pt"))
         self._files = len(files)
-        if files:
-            self._read(files)
+        if any(ranks.attempt(lambda: self._read(files))):
+            log.warning("%s holds responses of another policy: they are drawn anew", self.folder)
+            ranks.share(self.remove)  # nobody writes before they are gone
+            self.found, self._files = {}, 0
 
-    def _read(self, files: Sequence[Path]) -> None:
+    def _read(self, files: Sequence[Path]) -> bool:
+        """Whether they are of another policy."""
         states = [torch.load(path, weights_only=True) for path in files]
         if any(state["policy"] != self.policy() for state in states):
-            log.warning("%s holds responses of another policy: they are drawn anew", self.folder)
-            self.remove()
-            return
+            return True
         self.found = {(seed, start): response_of(kept) for state in states for seed, start, kept in state["responses"]}
-        log.info("%d responses of the interrupted iteration are used again", len(self.found))
+        if self.found:
+            log.info("%d responses of the interrupted iteration are used again", len(self.found))
+        return False
 
     def get(self, request: Request) -> Response | None:
         return self.found.get(_key(request))
@@ -110,14 +117,13 @@ class KeptResponses:
         if self.folder is None or not self._unsaved:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self._files:04d}.pt"
+        path = self.folder / f"{self._files:04d}-{ranks.rank()}.pt"
         part = path.with_name(f".{path.name}.part")
         torch.save({"policy": self.policy(), "responses": self._unsaved}, part)
         part.replace(path)
         self._files, self._unsaved, self._saved_at = self._files + 1, [], time.monotonic()
 
     def remove(self) -> None:
-        self._files, self._unsaved = 0, []
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

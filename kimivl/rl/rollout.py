@@ -7,7 +7,7 @@ distribution: the same prompt and seed give the same response however the prompt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ class RolloutEngine(ABC):
 
     Attributes:
         tokens_per_second: new tokens of the last ``generate`` or ``stream`` per second.
+        poll: called every second or more often while a stream is read; what it raises ends the stream.
     """
 
     tokens_per_second: float = 0.0
+    poll: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Response]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,21 @@ from kimivl.rl.types import Problem, Response
 STOPS = ("stop", "length", "repetition")
 
 
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What is written down of a problem: without its pictures, which the ranks need not send each other."""
+
+    number: int
+    key: str
+    difficulty: int
+    question: str
+    answer: str
+
+    @classmethod
+    def of(cls, problem: Problem) -> Statement:
+        return cls(problem.number, problem.key, problem.difficulty, problem.question, problem.answer)
+
+
 @dataclass(slots=True)
 class ScoredGroup:
     """The responses to one problem that the engine gave, with their scores (None where it gave none).
@@ -26,7 +41,7 @@ class ScoredGroup:
     ``errors`` counts those it failed to give; ``rejected`` is why the group is not trained on.
     """
 
-    problem: Problem
+    problem: Statement
     drafts: list[Draft]
     scores: Scores | None
     errors: int = 0
@@ -140,6 +155,21 @@ def _parts(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 def _share(flags: Any) -> float:
     values = list(flags)
     return sum(values) / max(len(values), 1)
+
+
+def over_ranks(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One set of figures of those of several ranks: tokens and rates (``_per_s``) are summed, seconds (``_s``) and
+    steps are of the slowest, all others means."""
+    merged = {}
+    for name in dict.fromkeys(name for own in figures for name in own):
+        values = [own[name] for own in figures if name in own]
+        if name.endswith(("_tokens", "_per_s")):
+            merged[name] = sum(values)
+        elif name.endswith(("_s", "_steps")):
+            merged[name] = max(values)
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged
 
 
 def rows_of(iteration: int, groups: Sequence[ScoredGroup], experience: Experience) -> Iterator[dict[str, Any]]:

@@ -97,10 +97,18 @@ class Response:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ranks send each other thousands of these: an array of tokens is a fifth of the time and size of a tuple.
+        return _response, (np.array(self.tokens, np.int32), self.text, self.stop, self.logp, self.experts)
+
     @property
     def finished(self) -> bool:
         """Whether it closed its turn by itself; only such a response has a final answer."""
         return self.stop == "stop"
+
+
+def _response(tokens: np.ndarray, *rest: Any) -> Response:
+    return Response(tuple(tokens.tolist()), *rest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kimivl import ranks
 from kimivl.data.images import decode_image
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Problem, Request, Response, Sampling
@@ -75,9 +76,10 @@ class VLLMRolloutEngine(RolloutEngine):
             raise ValueError(
                 f"rollout.max_rows={max_rows} must be at least 1, rollout.kv_cache_gb={kv_cache_gb} above 0"
             )
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if ranks.world_size() > 1:
             raise ValueError(
-                "rollout=vllm runs beside one rank; with several give them a server: rollout=vllm_server, or rollout=hf"
+                f"rollout=vllm runs beside one rank, and this run has {ranks.world_size()}: start a server and take "
+                "rollout=vllm_server, or take rollout=hf"
             )
         self.policy = policy
         self.max_rows = max_rows

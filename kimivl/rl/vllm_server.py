@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kimivl import ranks
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Request, Response, Sampling
 from kimivl.rl.vllm_stream import ServerError, ServerGone, Streams
@@ -41,19 +42,19 @@ class VLLMServerRolloutEngine(RolloutEngine):
     """Asks a server that can generate while the trainer trains. It has the policy of the last ``sync``.
 
     A request whose connection fails is sent again, with waits that double. What has been answered has been handed out
-    when the server is given up.
+    when the server is given up. Of several ranks all ask, and the first pushes the weights while the others wait.
 
     Args:
         policy: whose responses are drawn.
         url: of the server, such as ``http://127.0.0.1:8000``.
-        in_flight: requests under way at one time.
+        in_flight: requests under way at one time, of all ranks together.
         timeout: seconds without a byte after which a connection counts as lost.
         retries: further attempts of a request. backoff: seconds before the first of them.
         sync_dir: where weights are written for the server, which must see the same files; None is shared memory.
         sync_timeout: seconds that the server may take to load them.
 
     Raises:
-        ValueError: for settings that cannot be, or a run with several ranks.
+        ValueError: for settings that cannot be.
     """
 
     concurrent = True
@@ -77,11 +78,9 @@ class VLLMServerRolloutEngine(RolloutEngine):
             raise ValueError("rollout needs in_flight >= 1, timeout > 0, retries >= 0, backoff >= 0, sync_timeout > 0")
         if sync_dir is not None and not Path(sync_dir).is_dir():
             raise ValueError(f"rollout.sync_dir={sync_dir}: there is no such folder")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("rollout=vllm_server follows the weights of one rank: take one, or rollout=hf")
         self.policy = policy
         self.url = url.rstrip("/")
-        self.in_flight = in_flight
+        self.in_flight = -(-in_flight // ranks.world_size())
         self.timeout = timeout
         self.retries = retries
         self.backoff = backoff
@@ -98,7 +97,7 @@ class VLLMServerRolloutEngine(RolloutEngine):
     def sync(self) -> dict[str, float]:
         """Push the trainer's weights, unless the server has them already; checksums are verified.
 
-        Waits for the responses that other threads are asking for.
+        Waits for the responses that other threads are asking for. All ranks call it; the weights are the first one's.
 
         Raises:
             ServerError: the server does not answer, or lacks what this engine needs of it.
@@ -109,11 +108,16 @@ class VLLMServerRolloutEngine(RolloutEngine):
             if threading.get_ident() in self._streams:
                 raise RuntimeError("sync() inside stream(): finish or close the stream first")
             self._idle.wait_for(lambda: not self._streams)
-            self._greet()
-            tensors = policy_tensors(self.policy.model)
-            if not self._has_our_weights() or expected(self._held, tensors) != self._held:
-                self._push(tensors)
+            ranks.gather(None)  # no other rank is asking any more
+            self._token, self.max_model_len = ranks.share(self._synced)
         return {"perf/sync_s": time.perf_counter() - started}
+
+    def _synced(self) -> tuple[str, int | None]:
+        self._greet()
+        tensors = policy_tensors(self.policy.model)
+        if not self._has_our_weights() or expected(self._held, tensors) != self._held:
+            self._push(tensors)
+        return self._token, self.max_model_len
 
     def _greet(self) -> None:
         """Ask what is served, and how long a response it may have."""
@@ -157,10 +161,12 @@ class VLLMServerRolloutEngine(RolloutEngine):
             ServerError: the server does not answer, or was restarted since the last ``sync``.
             ValueError: naming the sample that the server refuses.
         """
-        if not self._token:
-            self.sync()
-        else:
+        if self._token:
             self.check_weights()
+        elif ranks.world_size() > 1:
+            raise RuntimeError("stream() before sync(), which all ranks must call together")
+        else:
+            self.sync()
         started, count = time.perf_counter(), 0
         with self._asking():
             run = Streams(self, requests, sampling)

@@ -60,10 +60,16 @@ class Streams:
         self.thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, Writing]]:
-        while (item := self.results.get()) is not None:
+        while (item := self._next()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def _next(self) -> tuple[int, Writing] | BaseException | None:
+        while True:
+            self.engine.poll()
+            with contextlib.suppress(queue.Empty):
+                return self.results.get(timeout=1)
 
     def close(self) -> None:
         """Drop what is under way (the server stops writing it), and wait for the thread."""

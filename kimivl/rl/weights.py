@@ -7,6 +7,7 @@ tensor that was lost, cut, mixed up or rounded another way has another checksum.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 22
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SAMPLED = 512
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's odd constant, as int64
 
 Digests = Mapping[str, tuple[str, int]]
@@ -70,6 +72,16 @@ def official_parts(name: str, tensor: Tensor, vocab_size: int | None = None) -> 
             yield f"{head.removesuffix('gate_up_proj')}{part}_proj.{leaf}", half
     else:
         yield name, tensor if vocab_size is None else tensor[:vocab_size]
+
+
+def weights_digest(model: Any, of: str) -> str:
+    """What tells these weights, with the text ``of``, from others: a sample of each, ``SAMPLED`` values."""
+    digest = hashlib.sha256(of.encode())
+    for weight in model.parameters():
+        flat = weight.detach().flatten()
+        # A copy: what numpy has seen of a storage keeps FSDP from freeing it.
+        digest.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().clone().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def policy_tensors(model: Any) -> dict[str, Tensor]:

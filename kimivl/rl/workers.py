@@ -121,7 +121,8 @@ class VerifierPool:
 
     Args:
         verifier: callable (text, expected) -> bool or a mark from 0 to 1; with workers, it must pickle.
-        workers: processes; 0 judges here, where a verifier can neither be timed out nor survived.
+        workers: processes on this machine, shared out to the ranks of a run there, one for each at least; 0 judges
+            here, where a verifier can neither be timed out nor survived.
         timeout: seconds for one answer.
         memory_gb: address space of a worker; None is without limit.
     """
@@ -132,7 +133,8 @@ class VerifierPool:
                 f"reward needs workers >= 0, timeout > 0 and memory_gb > 0 or null, not {workers}, {timeout} and "
                 f"{memory_gb}"
             )
-        self.verifier, self.workers, self.timeout, self.memory_gb = verifier, workers, timeout, memory_gb
+        self._asked_for, own = workers, -(-workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.verifier, self.workers, self.timeout, self.memory_gb = verifier, own, timeout, memory_gb
         self._known: dict[bytes, Verdict] = {}
         self._pool: list[Worker] = []
         self._lock = threading.Lock()
@@ -141,7 +143,7 @@ class VerifierPool:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process has workers of its own."""
-        return type(self), (self.verifier, self.workers, self.timeout, self.memory_gb)
+        return type(self), (self.verifier, self._asked_for, self.timeout, self.memory_gb)
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict]:
         """A verdict on each case, in order.

@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from kimivl import ranks
+from kimivl import interruption, ranks
 from kimivl.checkpoint import build_model, policy_of
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import Mode, checkpoint_activations
 from kimivl.model.lora import add_lora, check_lora, fingerprint, frozen_names
-from kimivl.model.parallel import shard
+from kimivl.model.parallel import gathered, shard
 from kimivl.model.router import Balancing, Router
 from kimivl.model.segment_attention import check_gradients, compute_dtype
 from kimivl.optim import MuonAdamW, MuonAdamWInBackward, PhaseSchedule
@@ -27,6 +30,7 @@ from kimivl.optim.clipping import clip_gradients
 from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Problem, Response
+from kimivl.stages.batch_counts import recount_batches
 from kimivl.stages.evaluation import Evaluation, Tally, Transcript
 from kimivl.stages.sharding import ShardedStrategy
 
@@ -81,6 +85,9 @@ class StageModule(LightningModule):
             check_lora(lora)
         self.lora = lora
         self.tally = Tally()
+        self._left_out = False
+        self._whole = ExitStack()
+        self._step_sums: dict[str, tuple[Tensor | float, int]] = {}
         self._train_started = self._seconds_before = 0.0
 
     @property
@@ -108,8 +115,8 @@ class StageModule(LightningModule):
         self.model.set_kernels(self.kernels)
         checkpoint_activations(self.model, self.activation_checkpointing)
         self.router = Router(self.model, self.balancing.bias_update_rate, self.balancing.aux_loss_weight)
-        if isinstance(self.trainer.strategy, ShardedStrategy):
-            shard(self.model, self.device_mesh["data_parallel"])
+        if isinstance(strategy := self.trainer.strategy, ShardedStrategy):
+            shard(self.model, strategy.device_mesh["data_parallel"])
         self.engine = self.make_rollout(policy_of(self.model, processor, self.datamodule.encoder.stop_id))
 
     def close(self) -> None:
@@ -133,6 +140,10 @@ class StageModule(LightningModule):
                 "or trainer.precision=bf16-mixed",
                 type(optimizer).__name__,
             )
+        if isinstance(optimizer, MuonAdamWInBackward):
+            optimizer.may_step = self._is_made
+        if isinstance(optimizer, MuonAdamW) and isinstance(self.trainer.strategy, DDPStrategy):
+            optimizer.deal_over(dist.group.WORLD)
         scheduler = PhaseSchedule(self.datamodule.schedule_phases()).scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -143,11 +154,21 @@ class StageModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm, taken in float32 whatever the gradients are, and log it before clipping."""
-        if gradient_clip_algorithm == "value":
+        if isinstance(optimizer, MuonAdamWInBackward):  # which has used the gradients, and freed them
+            return
+        by_value = gradient_clip_algorithm == "value"
+        norm = clip_gradients(self.parameters(), None if by_value else gradient_clip_val)
+        self.log("train/grad_norm", norm, batch_size=1)
+        if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif not isinstance(optimizer, MuonAdamWInBackward):  # which has used the gradients, and freed them
-            norm = clip_gradients(self.parameters(), gradient_clip_val)
-            self.log("train/grad_norm", norm, batch_size=1)
+        if not self._is_made(norm):
+            optimizer.zero_grad(set_to_none=True)  # parameters without a gradient stay as they are
+
+    def _is_made(self, norm: Tensor) -> bool:
+        """Whether the callbacks let a step of this gradient norm be made; Lightning has no hook for that."""
+        judges = [one for one in self.trainer.callbacks if hasattr(one, "on_gradient_norm")]  # type: ignore[attr-defined]
+        self._left_out = not all(judge.on_gradient_norm(self.trainer, self, norm) for judge in judges)
+        return not self._left_out
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         def closure() -> Any:
@@ -157,7 +178,8 @@ class StageModule(LightningModule):
 
         in_backward = isinstance(optimizer, MuonAdamWInBackward)  # which takes one pack a step
         super().optimizer_step(epoch, batch_idx, optimizer, closure if in_backward else optimizer_closure)
-        self.router.update_bias()
+        self.router.update_bias(move=not self._left_out)
+        self._left_out = False
         if in_backward:
             self.log("train/grad_norm", optimizer.grad_norm, batch_size=1)
 
@@ -179,8 +201,32 @@ class StageModule(LightningModule):
         """
         loss = self.router.aux_loss
         if self.balancing.aux_loss_weight:
-            self.log("train/aux_loss", loss.detach(), batch_size=1)
+            self.log_mean("train/aux_loss", loss.detach(), 1)
         return loss
+
+    def log_mean(self, name: str, total: Tensor, count: int, prog_bar: bool = False) -> None:
+        """Log ``total / count`` of the optimiser step, both summed over its packs and all ranks: exact where packs
+        count differently. All ranks call it once for each pack; they exchange two numbers, at log steps only.
+        """
+        before, counted = self._step_sums.pop(name, (0.0, 0))
+        total, count = before + total.double(), counted + count
+        if self.trainer.fit_loop._should_accumulate():
+            self._step_sums[name] = total, count
+        elif self.logs_this_step:
+            if ranks.world_size() > 1:
+                sums = torch.stack((total, total.new_full((), count)))
+                dist.all_reduce(sums)
+                total, count = sums[0], int(sums[1])
+            if count:
+                self.log(name, (total / count).float(), prog_bar=prog_bar, batch_size=1)
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the figures of the step in progress are wanted, on all ranks alike; a single process has no cost of
+        exchanging them."""
+        trainer: Any = self.trainer
+        every = max(1, trainer.log_every_n_steps)
+        return ranks.world_size() == 1 or (trainer.global_step + 1) % every == 0 or trainer.is_last_batch
 
     def target_log_probs(self, pack: PackedBatch, temperature: float = 1.0, experts: Tensor | None = None) -> Tensor:
         """(K,) log-probability of each supervised token at ``temperature``; ``experts``: those to go through."""
@@ -208,18 +254,23 @@ class StageModule(LightningModule):
         self._seconds_before, self._train_started = self.train_seconds, 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["train_seconds"] = self.train_seconds
+        checkpoint["train_seconds"], checkpoint["world_size"] = self.train_seconds, self.trainer.world_size
         checkpoint["lora"] = self.lora and self.lora | {"base": self._leave_out_base(checkpoint["state_dict"])}
 
     def _leave_out_base(self, state: dict[str, Tensor]) -> str | None:
         """Take out of ``state`` what ``init_from`` holds, and return what tells that base from another.
 
-        A fresh base stays in, and so does one whose state is cut up over ranks: such a state is loaded as it is.
+        A fresh base stays in.
         """
-        if self.init_from is None or not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        whole = (SingleDeviceStrategy, DDPStrategy, ShardedStrategy)
+        if self.init_from is None or not isinstance(self.trainer.strategy, whole):
             return None
         for name in frozen_names(self.model):
             del state[f"model.{name}"]
+        return self._base
+
+    @cached_property
+    def _base(self) -> str:
         return fingerprint(self.model)
 
     def _bring_back_base(self, checkpoint: dict[str, Any]) -> None:
@@ -233,7 +284,7 @@ class StageModule(LightningModule):
             )
         if base is None:
             return
-        if base != fingerprint(self.model):
+        if base != self._base:
             raise ValueError(
                 f"the checkpoint holds adapters of another base than init_from={self.init_from}: give the folder (and "
                 "trainer.precision) that its run began with"
@@ -243,16 +294,23 @@ class StageModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seconds_before = checkpoint["train_seconds"]
+        recount_batches(checkpoint, self.trainer.world_size)
         self._bring_back_base(checkpoint)
 
     # Evaluation: the same code in all stages, in `validate` during training and in `test` at its end.
 
     def on_validation_epoch_start(self) -> None:
         self.tally = Tally()
+        self._whole.enter_context(gathered(self.model))
         self.engine.sync()  # the model is evaluated as it stands
+        if getattr(self.engine, "concurrent", False) is True:  # it has weights of its own
+            self._whole.close()
 
     def validation_step(self, problems: list[Problem], batch_idx: int) -> None:
-        self.evaluation.run(problems, self.engine, self.reward, self.describe, self.tally)
+        def answer() -> None:
+            self.evaluation.run(problems, self.engine, self.reward, self.describe, self.tally)
+
+        interruption.until_asked(answer)
 
     def on_validation_epoch_end(self) -> None:
         self._log_tally("val")
@@ -266,8 +324,13 @@ class StageModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_tally("test")
 
+    def leave_evaluation(self) -> None:
+        """The model is as it was before the evaluation, however far that has come. All ranks call it together."""
+        self._whole.close()
+
     def _log_tally(self, prefix: str) -> None:
-        self.tally = Tally.merged(ranks.gather(self.tally))
+        self.leave_evaluation()
+        self.tally = self.tally.of_all_ranks()
         for name, value in self.tally.metrics().items():
             self.log(f"{prefix}/{name}", value, prog_bar=name == "accuracy" and prefix == "val", batch_size=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class StageDataModule(LightningDataModule):
         cache: folder for blocks of remote shards, and for indexes that cannot lie beside their shards.
         cache_gb: most that those blocks take on disk, in 10^9 bytes.
         seed: of the order of the data.
+        lr_scale: factor of the learning rates of all phases.
     """
 
     trains_on_problems = False
@@ -88,6 +89,7 @@ class StageDataModule(LightningDataModule):
         cache: str | None = None,
         cache_gb: float = 64.0,
         seed: int = 0,
+        lr_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= max_dropped <= 1:
@@ -97,7 +99,10 @@ class StageDataModule(LightningDataModule):
         self.processor_folder = processor
         self.shards = shards
         self.held_out = {"val": val_shards, "test": test_shards}
-        self.phases = [_phase(phase) for phase in phases]
+        if lr_scale <= 0:
+            raise ValueError(f"data.lr_scale={lr_scale}: give a factor above 0 for the learning rates of data.phases")
+        planned = [_phase(phase) for phase in phases]
+        self.phases = [replace(phase, lr=[lr_scale * rate for rate in phase.lr]) for phase in planned]
         self.prepare = prepare
         self.max_dropped = max_dropped
         self.cache = None if cache is None else Path(cache)
@@ -115,6 +120,7 @@ class StageDataModule(LightningDataModule):
         if self.prepare is not None:
             log.info("preparing the data")
             self.prepare()
+            self.prepare = None  # Lightning asks again before each validation and test
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "processor"):
@@ -147,7 +153,7 @@ class StageDataModule(LightningDataModule):
             folder=self.cache,
             track=track,
         )
-        for reason, count in index.dropped.items():
+        for reason, count in index.dropped.items() if ranks.is_first() else ():
             log.warning("%d samples of %s dropped: %s (listed in %s)", count, shards, reason, index.dropped_file)
         return index
 
@@ -188,15 +194,19 @@ class StageDataModule(LightningDataModule):
             try:
                 problems.append(self._read_problem(index, number))
             except SampleError as fault:
-                unread = self._unread_of(index)
-                unread[number] = fault.reason
+                self._unread_of(index)[number] = fault.reason
                 log.warning("left out: %s", fault)
-                if len(unread) > self.max_dropped * len(index):
-                    raise ValueError(
-                        f"{len(unread)} of {len(index)} problems could not be read, more than data.max_dropped="
-                        f"{self.max_dropped} allows; the last: {fault}"
-                    ) from fault
+                self.check_unread(index, f"; the last: {fault}")
         return problems
+
+    def check_unread(self, index: Index, detail: str = "") -> None:
+        """ValueError when more than ``max_dropped`` of the problems could not be read."""
+        unread = len(self._unread_of(index))
+        if unread > self.max_dropped * len(index):
+            raise ValueError(
+                f"{unread} of {len(index)} problems could not be read, more than data.max_dropped={self.max_dropped} "
+                f"allows{detail}"
+            )
 
     def _read_problem(self, index: Index, number: int) -> Problem:
         sample = index.read(number)
@@ -212,9 +222,16 @@ class StageDataModule(LightningDataModule):
                 self._held_out[split] = self.make_index(shards, problems=True)
         index = self._held_out[split]
         # Read when their turn comes: a held-out set with its images need not fit into memory.
-        numbers: Any = range(ranks.rank(), len(index), ranks.world_size())
+        world = ranks.world_size()
+        own = range(ranks.rank(), len(index), world)
+        # As many batches on every rank, the last perhaps empty: what a rank does to evaluate, all do.
+        batches: Any = [
+            own[start : start + EVALUATION_BATCH] for start in range(0, -(-len(index) // world), EVALUATION_BATCH)
+        ]
         return DataLoader(
-            numbers, batch_size=EVALUATION_BATCH, collate_fn=lambda chosen: self.read_problems(index, chosen)
+            range(len(index)),  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=lambda chosen: self.read_problems(index, chosen),
         )
 
     def val_dataloader(self) -> Any:

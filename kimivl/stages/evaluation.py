@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kimivl import ranks
 from kimivl.rl.rewards import Reward, Verdict
 from kimivl.rl.rollout import RolloutEngine, response_seed
 from kimivl.rl.types import Problem, Request, Response, Sampling
@@ -16,8 +17,28 @@ class Transcript:
     """One problem and what the model said to it, for reading."""
 
     problem: Problem
-    response: str
+    response: Response
     correct: bool
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Number and difficulty of the problem."""
+        return self.problem.number, self.problem.difficulty
+
+
+def varied(places: Sequence[tuple[int, int]], limit: int) -> list[int]:
+    """Numbers of up to ``limit`` of the (number, difficulty): the first of each difficulty, then the first others.
+
+    What it chooses of parts holds all that it chooses of the whole.
+    """
+    first = {difficulty: number for number, difficulty in sorted(places, reverse=True)}
+    numbers = sorted(number for number, _ in places)
+    return [*sorted(first.values()), *(number for number in numbers if number not in first.values())][:limit]
+
+
+def _text_only(response: Response) -> Response:
+    """Without what nobody reads of an example, which the ranks would send each other."""
+    return replace(response, logp=None, experts=None)
 
 
 def _right_and_all() -> list[int]:
@@ -31,8 +52,7 @@ class Tally:
         self.sums: dict[str, float] = defaultdict(float)
         self.by_difficulty: dict[int, list[int]] = defaultdict(_right_and_all)
         self.transcripts: list[Transcript] = []
-        self._examples: list[Transcript] = []
-        self._spare: list[Transcript] = []
+        self.limit = 0
 
     def add(self, difficulty: int, greedy: Response, greedy_correct: bool, described: dict[str, float]) -> None:
         self.sums["problems"] += 1
@@ -56,15 +76,13 @@ class Tally:
 
     def keep(self, transcript: Transcript, limit: int) -> None:
         """Keep up to ``limit`` examples, of different difficulties where there are as many."""
-        seen = {kept.problem.difficulty for kept in self._examples}
-        place = self._spare if transcript.problem.difficulty in seen else self._examples
-        if len(place) < limit:
-            place.append(transcript)
-        self.transcripts = (self._examples + self._spare)[:limit]
+        self.limit = limit
+        kept = {one.problem.number: one for one in (*self.transcripts, transcript)}
+        self.transcripts = [kept[number] for number in varied([one.place for one in kept.values()], limit)]
 
     @classmethod
     def merged(cls, tallies: Sequence[Tally]) -> Tally:
-        """One tally of what several ranks have evaluated."""
+        """One tally of what several ranks have evaluated: the one that a single rank would have."""
         whole = cls()
         for tally in tallies:
             for name, value in tally.sums.items():
@@ -72,9 +90,17 @@ class Tally:
             for level, (right, count) in tally.by_difficulty.items():
                 whole.by_difficulty[level][0] += right
                 whole.by_difficulty[level][1] += count
-            for transcript in tally.transcripts:
-                whole.keep(transcript, len(tally.transcripts))
+        for transcript in (kept for tally in tallies for kept in tally.transcripts):
+            whole.keep(transcript, max(tally.limit for tally in tallies))
         return whole
+
+    def of_all_ranks(self) -> Tally:
+        """What all ranks have evaluated, on all ranks; all must call it. Only the transcripts that are kept travel:
+        they have pictures."""
+        places = [place for places in ranks.gather([kept.place for kept in self.transcripts]) for place in places]
+        shown = varied(places, max(ranks.gather(self.limit)))
+        self.transcripts = [kept for kept in self.transcripts if kept.problem.number in shown]
+        return Tally.merged(ranks.gather(self))
 
     def metrics(self) -> dict[str, float]:
         """Figures by name; lengths in tokens, ``finished`` the share that ended before the cap."""
@@ -122,14 +148,16 @@ class Evaluation:
         describe: Callable[[Response], dict[str, float]],
         tally: Tally,
     ) -> None:
-        """Answer and judge ``problems``, and add them to ``tally``."""
+        """Answer and judge ``problems``, and add them to ``tally``; a rank may have none."""
+        if not problems:
+            return
         greedy = engine.generate([Request(problem, seed=0) for problem in problems], Sampling(self.max_new_tokens, 0))
         verdicts = reward.judge(list(zip(problems, greedy, strict=True)))
         tally.add_failures(verdicts)
         for problem, response, verdict in zip(problems, greedy, verdicts, strict=True):
             correct = verdict.correct == 1
             tally.add(problem.difficulty, response, correct, describe(response))
-            tally.keep(Transcript(problem, response.text, correct), self.transcripts)
+            tally.keep(Transcript(problem, _text_only(response), correct), self.transcripts)
         if self.samples == 0:
             return
         requests = [Request(p, response_seed(self.seed, p.number, g)) for p in problems for g in range(self.samples)]

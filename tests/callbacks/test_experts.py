@@ -25,7 +25,6 @@ def make(load: list[list[int]], step: int = 10, every: int = 5, accumulating: bo
 
 
 def run(callback: Experts, trainer, module) -> None:
-    callback.on_train_start(trainer, module)
     callback.on_train_batch_end(trainer, module, None, None, 0)
 
 

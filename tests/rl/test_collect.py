@@ -3,10 +3,9 @@
 import json
 import time
 
-import numpy as np
 import pytest
 import torch
-from fake_rollouts import FakeEngine, SumReward, read
+from fake_rollouts import SET, FakeEngine, SumReward, read, same
 
 from kimivl.rl.advantages import advantages
 from kimivl.rl.collect import Collector, Plan
@@ -14,8 +13,6 @@ from kimivl.rl.gates import Gates
 from kimivl.rl.record import KeptResponses
 from kimivl.rl.sampler import ProblemSampler
 from kimivl.rl.types import Request, Response, Sampling
-
-SET = {"difficulty": np.zeros(40, np.int64)}
 
 
 def collector(*, gates=None, rollouts=None, cap=40, problems=8, responses=4, read_problems=read, **plan):
@@ -31,16 +28,6 @@ def collector(*, gates=None, rollouts=None, cap=40, problems=8, responses=4, rea
 
 def collect(maker, iteration=0, engine=None, reward=None, **more):
     return maker.collect(engine or FakeEngine(), reward or SumReward(), iteration, iteration / 10, **more)
-
-
-def same(a, b):
-    """Whether two experiences are equal to the bit."""
-    return all(
-        left.equal(right) if torch.is_tensor(left) and not left.is_floating_point()
-        else torch.equal(left.nan_to_num(9), right.nan_to_num(9)) if torch.is_tensor(left)
-        else left == right
-        for left, right in ((getattr(a, name), getattr(b, name)) for name in a.__slots__)
-    )  # fmt: skip
 
 
 def test_experience_holds_each_response_with_its_score_and_advantage():

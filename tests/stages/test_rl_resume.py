@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kimivl.callbacks import Preemption
 from kimivl.config import Interrupted
+from kimivl.interruption import listening
 from kimivl.rl.collect import Collector
 from kimivl.rl.hf import HFRolloutEngine
 
@@ -150,7 +151,8 @@ def test_stopped_in_the_rollouts(fit, tmp_path, monkeypatch, iteration, fault):
     monkeypatch.setattr(Collector, "collect", counting)
     monkeypatch.setattr(HFRolloutEngine, "stream", stopping)
     checkpoint = tmp_path / "last.ckpt"
-    with pytest.raises(ValueError if isinstance(fault, Exception) else Interrupted, match="are kept"):
+    expected = ValueError if isinstance(fault, Exception) else Interrupted
+    with listening(tmp_path), pytest.raises(expected, match="are kept"):
         fit("rl", *PARTIAL, callbacks=[Preemption(str(checkpoint))])
     assert fault_seen and checkpoint.exists() == (iteration > 0)
     assert list((tmp_path / f"rollouts/{iteration:06d}.partial").iterdir())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
@@ -16,33 +16,24 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
+from kimivl import ranks
 from kimivl.data.columns import read_columns
+from kimivl.model.parallel import gathered
 from kimivl.optim import MuonAdamWInBackward
 from kimivl.rl.ahead import RolloutsAhead
 from kimivl.rl.collect import Collected, Collector, Plan
-from kimivl.rl.experience import Deal, Experience, TrajectoryBatch, deal, make_batch
+from kimivl.rl.exchange import Exchange
+from kimivl.rl.experience import Deal, Experience, TrajectoryBatch, deal, make_batch, members_of
 from kimivl.rl.partial import OffPolicy, weigh
 from kimivl.rl.repetition import Repetition
 from kimivl.rl.sampler import ProblemSampler
+from kimivl.rl.scored import over_ranks
 from kimivl.rl.types import Problem, Sampling
+from kimivl.rl.weights import weights_digest
 from kimivl.stages.datamodule import StageDataModule
+from kimivl.stages.rl.loader import ExperienceLoader
 
 log = logging.getLogger(__name__)
-SAMPLED = 512
-"""Values of each weight that tell one policy from another."""
-
-
-class ExperienceLoader:
-    """The packs of one iteration from ``start`` on; sized as the whole iteration, like ``PackLoader``."""
-
-    def __init__(self, make: Callable[[int], TrajectoryBatch], length: int, start: int) -> None:
-        self._make, self._length, self._start = make, length, start
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[TrajectoryBatch]:
-        return map(self._make, range(self._start, self._length))
 
 
 class RLDataModule(StageDataModule):
@@ -112,6 +103,7 @@ class RLDataModule(StageDataModule):
         self._collector: Collector | None = None
         self._ahead: RolloutsAhead | None = None
         self._least_packs = 0
+        self._drawn_by = ""
         self._dealt: Deal | None = None
 
     def setup(self, stage: str) -> None:
@@ -147,7 +139,10 @@ class RLDataModule(StageDataModule):
                     "2 or more, or objective.baseline=none"
                 )
             advantages = objective.advantages
-            self._collector = Collector(self.sampler, self._read, self.sampling, advantages, self.plan, self.rollouts)
+            exchange = Exchange(partial(self._tell, "on_answers_start"), partial(self._tell, "on_answers_end"))
+            self._collector = Collector(
+                self.sampler, self._read, self.sampling, advantages, self.plan, self.rollouts, exchange
+            )
             if self._state:
                 self._collector.load_state_dict(self._state)
         return self._collector
@@ -171,8 +166,7 @@ class RLDataModule(StageDataModule):
         resumed = self.experience is not None and self.experience.iteration == iteration
         if resumed and self.experience is not None:
             # An interrupted run goes on inside the iteration whose experience its checkpoint holds.
-            if not self._problems:
-                self._problems = self.collector.read_again(self.experience.problem.unique().tolist())
+            self._bring_problems(self.experience, self._deal(self.experience))
         else:
             with self._autocast():
                 self._collect(iteration)
@@ -181,14 +175,15 @@ class RLDataModule(StageDataModule):
         if resumed and self._dealt not in (None, dealt):
             raise ValueError(
                 f"the checkpoint is inside iteration {iteration}, whose responses were dealt into other packs: go on "
-                "with the data.updates, data.max_length, data.seed and trainer.accumulate_grad_batches of its run, or "
-                "from a checkpoint between iterations"
+                "with the data.updates, data.max_length and data.seed of its run, and with as many packs in a step "
+                "(devices * nodes * trainer.accumulate_grad_batches), or from a checkpoint between iterations"
             )
         self._dealt = dealt
         # Lightning reads it at every batch; the next iteration begins with its first.
-        self.trainer.accumulate_grad_batches = dealt.packs_per_step
-        steps = self.trainer.global_step - iteration * self.updates if resumed else 0
-        return ExperienceLoader(lambda n: self._batch(dealt, n), len(dealt.packs), steps * dealt.packs_per_step)
+        self.trainer.accumulate_grad_batches = dealt.packs_per_step // ranks.world_size()
+        own, steps = self._own(dealt), self.trainer.global_step - iteration * self.updates if resumed else 0
+        start = steps * self.trainer.accumulate_grad_batches
+        return ExperienceLoader(lambda n: self._batch(dealt, own[n]), len(own), start)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Rollouts and reference in the dtypes of the training steps, which Lightning puts into this context itself."""
@@ -204,43 +199,62 @@ class RLDataModule(StageDataModule):
         waited = time.perf_counter() - started
         figures: dict[str, float] = {} if ahead is None else {"perf/waited_s": waited}
         if collected is None:
-            figures |= self._sync()
             self._tell("on_rollouts_start")
-            collected = self._collect_now(iteration, iteration)
+            collected, synced = self._sync_and_collect(iteration)
             self._tell("on_rollouts_end")
             version: int | None = iteration
         else:
-            version = iteration if ahead is not None and ahead.idle else None
-            figures |= {} if version is None else self._sync()
+            idle = ahead is not None and all(ranks.gather(ahead.idle))
+            version, synced = (iteration, self._sync()) if idle else (None, {})
         self.experience, self._problems = collected.experience, collected.problems
         self._state = collected.state
-        self.figures = collected.figures | figures | self._fill_reference(self.experience)
+        self._agree_on_unread()
+        started = time.perf_counter()
+        weighed = self._fill_reference(self.experience)
+        figures |= synced | {"perf/reference_s": time.perf_counter() - started}
+        self.figures = collected.figures | weighed | over_ranks(ranks.gather(figures))
         if ahead is not None and version is not None:
             ahead.go_on(iteration)
 
-    def _tell(self, hook: str) -> None:
+    def _tell(self, hook: str, *args: Any) -> None:
         """Callbacks that have this hook: Lightning has none for what comes before the first step."""
         assert self.trainer is not None
+        if threading.current_thread() is not threading.main_thread():
+            return  # rollouts ahead of training: the run is between other hooks
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            getattr(callback, hook, lambda: None)()
+            getattr(callback, hook, lambda *_: None)(*args)
+
+    def _sync_and_collect(self, iteration: int) -> tuple[Collected, dict[str, float]]:
+        """An engine that is the model itself needs the whole of it on each rank for as long as it answers."""
+        if getattr(self._module.engine, "concurrent", False) is True:
+            synced = self._sync()
+            return self._collect_now(iteration, iteration), synced
+        with gathered(self._module.model):
+            synced = self._take_over()
+            return self._collect_now(iteration, iteration), synced
 
     def _sync(self) -> dict[str, float]:
+        with gathered(self._module.model):
+            return self._take_over()
+
+    def _take_over(self) -> dict[str, float]:
         started = time.perf_counter()
         figures: dict[str, float] = self._module.engine.sync()
+        self._drawn_by = self._policy()
         return {"perf/sync_s": time.perf_counter() - started} | figures
 
     def _collect_now(self, iteration: int, version: int) -> Collected:
         progress = iteration / self.max_epochs
         self.collector.advantages = self._module.objective.at(progress).advantages
-        report = getattr(self.trainer.progress_bar_callback, "rollouts", None) if self.trainer is not None else None
+        report = None if version != iteration else partial(self._tell, "rollouts")
         return self.collector.collect(
             self._module.engine,
             self._module.reward,
             iteration,
             progress,
             version=version,
-            policy=self._policy,
-            **({} if report is None or version != iteration else {"report": report}),
+            policy=lambda: self._drawn_by,
+            **({} if report is None else {"report": report}),
         )
 
     def _policy(self) -> str:
@@ -248,11 +262,7 @@ class RLDataModule(StageDataModule):
         weights, the settings, and the set of problems."""
         assert self.trainer is not None
         asked = f"{self.trainer.global_step} {self.sampling} {self.plan} {self.sampler.digest}"
-        digest = hashlib.sha256(asked.encode())
-        for weight in self._module.model.parameters():
-            flat = weight.detach().flatten()
-            digest.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self._module.model, asked)
 
     def _rollouts_ahead(self) -> RolloutsAhead:
         if self._ahead is None:
@@ -280,26 +290,51 @@ class RLDataModule(StageDataModule):
     def _fill_reference(self, experience: Experience) -> dict[str, float]:
         """Log-probabilities of the tokens under the policy as it stands, through the very packs of training; then what
         the tokens weigh. Returns figures."""
-        started, module = time.perf_counter(), self._module
         dealt = self._deal(experience)
-        for number, members in enumerate(dealt.packs):
-            if members:
-                batch = self._batch(dealt, number).to(module.device)
-                experience.ref_logp[experience.places(members)] = module.log_probs(batch).float().cpu()
-        figures = weigh(experience, self.off_policy, module.mismatch)
+        self._bring_problems(experience, dealt)
+        for part in ranks.gather({number: self._reference(dealt, number) for number in self._own(dealt)}):
+            for number, logp in part.items():
+                if members := dealt.packs[number]:
+                    experience.ref_logp[experience.places(members)] = logp
+        figures = weigh(experience, self.off_policy, self._module.mismatch)
         experience.rollout_logp = torch.where(
             experience.rollout_logp.isnan(), experience.ref_logp, experience.rollout_logp
         )
-        return figures | {
-            "perf/reference_s": time.perf_counter() - started,
-            "perf/packs_per_step": dealt.packs_per_step,
-            "perf/prompts_read": dealt.shown(experience.problem),
-        }
+        shown = dealt.shown(experience.problem)
+        return figures | {"perf/packs_per_step": dealt.packs_per_step, "perf/prompts_read": shown}
+
+    def _reference(self, dealt: Deal, number: int) -> torch.Tensor:
+        """(K,) log-probabilities of a pack; of an empty one too, for all ranks of a sharded model run equally many."""
+        logp: torch.Tensor = self._module.log_probs(self._batch(dealt, number).to(self._module.device))
+        return logp.float().cpu()
+
+    def _own(self, dealt: Deal) -> range:
+        """The packs of this rank, equally many of each step."""
+        return range(ranks.rank(), len(dealt.packs), ranks.world_size())
+
+    def _bring_problems(self, experience: Experience, dealt: Deal) -> None:
+        """Keep the problems that this rank's packs show; what another rank had them answered for is read here."""
+        shown = [member for number in self._own(dealt) for member in members_of(experience, dealt, number)]
+        needed = experience.problem[shown].unique().tolist()
+        there = self._problems
+
+        def read() -> None:
+            found = there | self.collector.read_again([number for number in needed if number not in there])
+            self._problems = {number: found[number] for number in needed}
+
+        ranks.attempt(read)
+
+    def _agree_on_unread(self) -> None:
+        """The problems that one rank could not read count on all."""
+        unread = self._unread_of(self.index)
+        for part in ranks.gather(dict(unread)):
+            unread |= part
+        self.check_unread(self.index)
 
     def _deal(self, experience: Experience) -> Deal:
         assert self.trainer is not None
         # As it was configured: an iteration that needed more packs has changed the trainer's own.
-        self._least_packs = self._least_packs or self.trainer.accumulate_grad_batches
+        self._least_packs = self._least_packs or self.trainer.accumulate_grad_batches * ranks.world_size()
         seed = [self.seed, experience.iteration, 2]
         prompts = torch.from_numpy(self.index.tokens[experience.problem.numpy()])
         lengths = prompts + experience.lengths

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from kimivl import ranks
 from kimivl.optim import reset_state
 from kimivl.rl.experience import TrajectoryBatch
 from kimivl.rl.mismatch import Mismatch
@@ -34,8 +36,8 @@ class Objective(Protocol):
 
 
 class StepFigures:
-    """The figures of an optimiser step from those of its packs: means weighted by what each pack counts, ``_max``ima,
-    and sums of what are counts (``_tokens``). A pack that runs twice counts once."""
+    """The figures of an optimiser step from those of its packs, on all ranks: means weighted by what each pack counts,
+    ``_max``ima, and sums of what are counts (``_tokens``). A pack that runs twice counts once."""
 
     def __init__(self) -> None:
         self._packs: dict[int, tuple[Mapping[str, Tensor], Tensor]] = {}
@@ -43,20 +45,37 @@ class StepFigures:
     def add(self, pack: int, figures: Mapping[str, Tensor], weight: Tensor) -> None:
         self._packs[pack] = (figures, weight)
 
+    def forget(self) -> None:
+        self._packs = {}
+
     def take(self) -> dict[str, Tensor]:
-        """The figures, and begin anew."""
-        packs, self._packs = list(self._packs.values()), {}
-        weights = torch.stack([weight for _, weight in packs]).float()
-        weights = weights / weights.sum().clamp_min(1)
-        return {
-            name: _merge(name, torch.stack([figures[name] for figures, _ in packs]), weights) for name in packs[0][0]
-        }
+        """The figures, and begin anew. All ranks take them together."""
+        packs = list(self._packs.values())
+        self.forget()
+        weights = torch.stack([weight for _, weight in packs]).double()
+        totals, maxima = {"weight": weights.sum()}, {}
+        for name in packs[0][0]:
+            values = torch.stack([figures[name] for figures, _ in packs]).double()
+            if name.endswith("_max"):
+                maxima[name] = values.max()
+            else:
+                totals[name] = values.sum() if _is_sum(name) else (values * weights).sum()
+        totals, maxima = _over_ranks(totals, dist.ReduceOp.SUM), _over_ranks(maxima, dist.ReduceOp.MAX)
+        weight = totals.pop("weight").clamp_min(1)
+        merged = maxima | {name: total if _is_sum(name) else total / weight for name, total in totals.items()}
+        return {name: value.float() for name, value in merged.items()}
 
 
-def _merge(name: str, values: Tensor, weights: Tensor) -> Tensor:
-    if name.endswith("_max"):
-        return values.max()
-    return values.sum() if name.endswith(("_tokens", "/loss")) else (values * weights).sum()
+def _is_sum(name: str) -> bool:
+    return name.endswith(("_tokens", "/loss"))
+
+
+def _over_ranks(values: dict[str, Tensor], how: Any) -> dict[str, Tensor]:
+    if ranks.world_size() == 1 or not values:
+        return values
+    together = torch.stack(list(values.values()))
+    dist.all_reduce(together, how)
+    return dict(zip(values, together.unbind(), strict=True))
 
 
 class RLModule(LongCoTModule):
@@ -109,7 +128,8 @@ class RLModule(LongCoTModule):
 
     def _log_once(self, figures: Mapping[str, float]) -> None:
         for logger in self.loggers:
-            logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step)
+            about = {"rollout/iteration": self.current_epoch, "epoch": self.current_epoch}
+            logger.log_metrics({**figures, **about}, step=self.global_step)
 
     def log_probs(self, batch: TrajectoryBatch) -> Tensor:
         """(K,) log-probabilities of a pack's response tokens, as they were drawn: at the temperature, and through the
@@ -129,11 +149,11 @@ class RLModule(LongCoTModule):
 
     def _log_step(self) -> None:
         """What the whole optimiser step comes to, over its packs and ranks."""
-        several = self.trainer.world_size > 1
+        if not self.logs_this_step:
+            self._step_figures.forget()
+            return
         for name, value in self._step_figures.take().items():
-            over_ranks = "max" if name.endswith("_max") else "sum" if name.endswith(("_tokens", "/loss")) else "mean"
-            shown = name == "train/loss"
-            self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several, reduce_fx=over_ranks)
+            self.log(name, value, prog_bar=name == "train/loss", batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
         self.datamodule.settle()
@@ -144,5 +164,5 @@ class RLModule(LongCoTModule):
         if self.trainer.is_last_batch and self._training_since is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self._log_once({"perf/train_s": time.perf_counter() - self._training_since})
+            self._log_once({"perf/train_s": max(ranks.gather(time.perf_counter() - self._training_since))})
             self._training_since = None

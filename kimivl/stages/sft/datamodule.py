@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kimivl import ranks
 from kimivl.data.loader import PackLoader
 from kimivl.data.mixture import Limits, Uses, uses_of_epoch
 from kimivl.data.plan import Plan, plan_epoch
@@ -60,7 +61,9 @@ class SFTDataModule(StageDataModule):
         self.mixture = mixture
         self.too_long: Literal["drop", "move"] = too_long
         self.window = window
-        self.holes: Counter[str] = Counter()  # of the epoch in progress
+        # Of the epoch in progress, on this rank and on all when they last told each other; and of the epochs before.
+        self.holes: Counter[str] = Counter()
+        self.all_holes: Counter[str] = Counter()
         self.earlier_holes: Counter[str] = Counter()
         self._plans: dict[int, Plan] = {}
         self._planned: dict[int, _Planned] = {}
@@ -121,6 +124,8 @@ class SFTDataModule(StageDataModule):
             return
         dropped = {reason: count for reason, count in plan.dropped.items() if count}
         self._planned[epoch] = _Planned(plan.num_steps, dropped)
+        if not ranks.is_first():  # all ranks plan alike
+            return
         for reason, count in dropped.items():
             log.warning("epoch %d leaves out %d samples: %s", epoch, count, reason)
         if uses.moved.any():
@@ -139,10 +144,16 @@ class SFTDataModule(StageDataModule):
     @property
     def dropped(self) -> dict[str, int]:
         """Those of the index, what fits into no pack (counted once for each epoch that leaves it out), and holes."""
-        counts = Counter(super().dropped) + self.holes + self.earlier_holes
+        holes = self.holes if ranks.world_size() == 1 else self.all_holes
+        counts = Counter(super().dropped) + holes + self.earlier_holes
         for epoch in range(self.max_epochs):
             counts.update(self.planned(epoch).dropped)
         return dict(counts)
+
+    def count_holes(self) -> bool:
+        """Tell the other ranks of this one's holes (all must call it); whether there are more than before."""
+        before, self.all_holes = self.all_holes, sum(ranks.gather(self.holes), Counter())
+        return self.all_holes != before
 
     def schedule_phases(self) -> list[dict[str, Any]]:
         def steps(first: int, phase: Phase) -> int:
@@ -157,8 +168,9 @@ class SFTDataModule(StageDataModule):
     def train_dataloader(self) -> PackLoader:
         assert self.trainer is not None
         epoch, start = self.trainer.current_epoch, 0
-        self.earlier_holes.update(self.holes)
-        self.holes = Counter()
+        self.count_holes()
+        self.earlier_holes.update(self.all_holes)
+        self.holes, self.all_holes = Counter(), Counter()
         if epoch >= self.max_epochs:  # a finished run is gone on from: Lightning asks, and trains nothing
             epoch, start = self.max_epochs - 1, len(self.plan(self.max_epochs - 1))
         elif self._resumed is not None and self._resumed["epoch"] == epoch:
@@ -169,7 +181,8 @@ class SFTDataModule(StageDataModule):
                     "the run, or start anew without ckpt_path"
                 )
             start = self._resumed["step"] * self.trainer.accumulate_grad_batches
-            self.holes = Counter(self._resumed["holes"])
+            self.all_holes = Counter(self._resumed["holes"])
+            self.holes = _share(self.all_holes)
         self._resumed = None
         return PackLoader(
             self.plan(epoch),
@@ -188,10 +201,14 @@ class SFTDataModule(StageDataModule):
         return f"{self.plan(epoch).hash}-{self.index.digest}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data: epoch, its plan, the optimiser steps completed in it, and its holes."""
+        """The position in the data: epoch, its plan, the optimiser steps completed in it, and its holes on all ranks.
+
+        All ranks must call it, as Lightning does: they get the same.
+        """
         assert self.trainer is not None
         epoch = self.trainer.current_epoch
-        holes = {"holes": dict(self.holes), "earlier_holes": dict(self.earlier_holes)}
+        self.count_holes()
+        holes = {"holes": dict(self.all_holes), "earlier_holes": dict(self.earlier_holes)}
         if epoch >= self.max_epochs:  # the run has ended, there is no next pack
             return {"epoch": epoch} | holes
         before = sum(self.planned(earlier).steps for earlier in range(epoch))
@@ -201,3 +218,9 @@ class SFTDataModule(StageDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
         self.earlier_holes = Counter(state_dict["earlier_holes"])
+
+
+def _share(holes: Counter[str]) -> Counter[str]:
+    """This rank's part of the holes that an interrupted run had, so that those of all ranks add up to them."""
+    world, rank = ranks.world_size(), ranks.rank()
+    return +Counter({reason: count // world + (rank < count % world) for reason, count in holes.items()})

@@ -14,8 +14,8 @@ class SFTModule(StageModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         with self.router.record(batch.cu_seqlens):
             logp = self.model.target_log_probs(**batch.model_inputs())
-        if batch.holes:
+        # A pack may be all holes: it counts nothing.
+        self.log_mean("train/loss", -logp.detach().sum(), len(logp), prog_bar=True)
+        if self.logs_this_step and self.datamodule.count_holes():
             self.log_dropped()
-        if len(logp):  # a pack may be all holes
-            self.log("train/loss", -logp.detach().mean(), prog_bar=True, batch_size=1)
         return self.normalised(-logp.sum(), batch.step_targets) + self.auxiliary_loss()

@@ -1,0 +1,40 @@
+"""What is looked at before Hydra makes folders and starts jobs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from kimivl.launch import check_multirun, find_place
+
+
+class Beforehand(Callback):
+    """Refuses in one sentence what Hydra would answer with a traceback of its inside, or a multirun job by job."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _make(Path(config.hydra.run.dir), "paths.output_dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            check_multirun()
+        except ValueError as error:
+            _refuse(str(error))
+        _make(Path(config.hydra.sweep.dir), "paths.root")
+
+
+def _make(folder: Path, key: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _refuse(f"{folder} cannot be made ({error.strerror}: {error.filename}); name another with {key}=FOLDER")
+
+
+def _refuse(why: str) -> None:
+    # An exit, since Hydra turns what a callback raises into a warning, and goes on.
+    if find_place().rank == 0:
+        print(f"\nerror: {why}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,135 @@
+"""A search with Optuna whose study lies in a database: typed again, it goes on with the trials that are missing."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import CompactHydraException
+from hydra.utils import instantiate
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import FrozenTrial, TrialState
+
+from kimivl.config import METRICS_FILE, RUN_FILE
+from kimivl.sweep.command import begin
+from kimivl.sweep.grid import fixed_keys, last_of_each_key, stopped_by_hand
+from kimivl.sweep.launching import PointLauncher
+from kimivl.sweep.points import first_difference, folder_name, read_json, spell
+
+log = logging.getLogger(__name__)
+
+_REPEATED = "repeated"
+"""Attribute of a study: the numbers of the trials that were stopped, and are run again under another number."""
+
+
+def run_search(sweeper: Any, arguments: list[str]) -> None:
+    """Run the trials that are missing of the study's ``n_trials``.
+
+    Args:
+        sweeper: hydra-optuna-sweeper's, set up.
+
+    Raises:
+        CompactHydraException: when the folder holds a study of other parameters, or no trial has a value.
+    """
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    parsed = last_of_each_key(OverridesParser.create().parse_overrides([*params, *arguments]))
+    space = sorted(one.get_key_element() for one in parsed if one.is_sweep_override())
+    if not space and not sweeper.custom_search_space_extender:
+        raise CompactHydraException("error: nothing to search; name a key, as in 'data.lr_scale=interval(0.1,10)'")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it speaks of each table that it makes
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    [direction] = sweeper._get_directions()
+    worst = float("-inf" if direction == "maximize" else "inf")
+    folder = Path(str(sweeper.config.hydra.sweep.dir))
+    folder.mkdir(parents=True, exist_ok=True)  # the database lies there
+    if study := _study(sweeper):
+        _check_same(study, space, parsed, folder)
+        _go_on(study, sweeper, folder)
+    begin(sweeper.config)
+    sweeper.launcher = PointLauncher(sweeper.launcher, sweeper.config, fixed_keys(parsed), worst)
+    with stopped_by_hand(sweeper.config, folder):
+        _search(sweeper, arguments, folder)
+    print(f"\nthe table: kimivl sweep {folder}")
+
+
+def _search(sweeper: Any, arguments: list[str], folder: Path) -> None:
+    try:
+        sweeper.sweep(arguments)
+    except ValueError as error:
+        if _has_value(sweeper):
+            raise CompactHydraException(f"error: {error}") from error
+    if not _has_value(sweeper):
+        raise CompactHydraException(f"\nerror: no trial has a value; why: kimivl sweep {folder}")
+
+
+def _has_value(sweeper: Any) -> bool:
+    """Whether any trial has ended with a number; a study that is kept nowhere is taken to have one."""
+    study = _study(sweeper)
+    return not study or any(math.isfinite(trial.value) for trial in study.trials if trial.value is not None)
+
+
+def _study(sweeper: Any) -> optuna.study.Study | None:
+    """The study as it was left, if it was begun."""
+    if sweeper.storage is None:
+        return None
+    names = [summary.study_name for summary in optuna.get_all_study_summaries(sweeper.storage)]
+    return optuna.load_study(sweeper.study_name, sweeper.storage) if sweeper.study_name in names else None
+
+
+def _check_same(study: optuna.study.Study, space: Sequence[str], overrides: Sequence[Override], folder: Path) -> None:
+    """Values that were found under other settings would mislead the search."""
+    remedy = "give this search a name of its own with hydra.sweeper.study_name=NAME"
+    now = {one.get_key_element(): one.get_value_element_as_str() for one in overrides if not one.is_sweep_override()}
+    for trial in study.trials:
+        if trial.params and space and sorted(trial.params) != list(space):
+            raise CompactHydraException(
+                f"error: {folder} holds a search of {', '.join(sorted(trial.params))}, not of {', '.join(space)}: "
+                f"{remedy}"
+            )
+        before = trial.user_attrs
+        if before and (key := first_difference(before, now)):
+            told = f"{spell(before, key)}, and this one has {spell(now, key)}"
+            raise CompactHydraException(f"error: {folder} holds a search with {told}: {remedy}")
+
+
+def _go_on(study: optuna.study.Study, sweeper: Any, folder: Path) -> None:
+    """Put the trials that were stopped into the queue, and leave the sweeper those that are missing.
+
+    A trial that was under way when the sweep died is taken up under its number, with its values: its run goes on from
+    its checkpoint. One that was told to have failed, but was only stopped, gets another number.
+    """
+    repeated = set(study.user_attrs.get(_REPEATED, []))
+    ended = 0
+    for trial in study.trials:
+        if trial.state == TrialState.RUNNING:
+            study._storage.set_trial_state(trial._trial_id, TrialState.WAITING)
+        elif trial.state == TrialState.FAIL and trial.number not in repeated and _has_gone_on(trial, folder):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                study.enqueue_trial(trial.params)
+            repeated.add(trial.number)
+        elif trial.state.is_finished() and trial.number not in repeated:
+            ended += 1
+    study.set_user_attr(_REPEATED, sorted(repeated))
+    log.info("%d of %d trials have ended before, in %s", ended, sweeper.n_trials, folder)
+    sweeper.n_trials = max(0, sweeper.n_trials - ended)
+    sweeper.job_idx = ended
+    settings = sweeper.config.hydra.sweeper.sampler
+    if study.trials and settings.get("seed") is not None:
+        # With the same seed it would propose the first trials' values a second time.
+        sweeper.sampler = instantiate(settings, seed=settings.seed + len(study.trials))
+
+
+def _has_gone_on(trial: FrozenTrial, folder: Path) -> bool:
+    """Whether a trial that was told to have failed was only stopped, or has been run to its end by somebody else."""
+    place = folder / folder_name([f"{key}={value}" for key, value in trial.params.items()])
+    run = read_json(place / RUN_FILE)
+    metric = read_json(place / METRICS_FILE).get(run.get("config", {}).get("optimized_metric", ""), math.nan)
+    return run.get("status") in ("interrupted", "running") or run.get("status") == "finished" and math.isfinite(metric)

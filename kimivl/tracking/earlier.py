@@ -1,0 +1,158 @@
+"""What earlier processes of a run have left in W&B's own files, so that its curve is whole and stands once.
+
+W&B keeps a log of each process, online and offline (``wandb/run-*-ID``, ``wandb/offline-run-*-ID``). ``wandb sync`` of
+several offline logs of one run appends one to the other, in the order of their beginning. What it does with an online
+log that W&B has had in part is to send all of it again: those are not synced. What they lack is logged again, from the
+run's own ``history.jsonl``, by the process that goes on or by ``kimivl sync``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import wandb
+from wandb.util import get_core_path
+
+from kimivl.config import HISTORY_FILE
+from kimivl.tracking.local import fresh
+from kimivl.tracking.names import STEP
+
+log = logging.getLogger(__name__)
+
+_FILE_HEAD, _BLOCK, _HEAD = 7, 32768, 7
+_WHOLE, _LAST, _PIECES = 1, 4, {1, 2, 3, 4}
+
+
+class Earlier:
+    """The logs of the processes of a run that came before.
+
+    Args:
+        folder: of the run. run_id: of the run.
+    """
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        logs = (folder / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+        self.history = folder / HISTORY_FILE
+        paths = sorted(logs, key=_began)
+        for path in paths:
+            mend(path)
+        self.logs = [(path, list(_rows(path))) for path in paths]
+
+    def catch_up(self, run: Any, online: bool) -> dict[str, int]:
+        """Log what the run's earlier processes have logged and W&B lacks: they were killed, or could not reach it.
+
+        Returns the last global step that each metric is now logged for.
+        """
+        # W&B numbers the rows of a run and says how many it has. What was written offline is still to be synced.
+        known = run.starting_step if online else None
+        last: dict[str, int] = {}
+        for path, rows in self.logs:
+            for row in rows:
+                if STEP in row and (known is None or row["_step"] < known or _is_offline(path)):
+                    last |= {name: max(int(row[STEP]), last.get(name, -1)) for name in row}
+        unsent = [(path, row) for path, rows in self.logs if not _is_offline(path) for row in rows if STEP in row]
+        for step, row in [*_by_step(self.history), *_media(unsent)]:
+            if new := fresh(row, step, last):
+                run.log(new | {STEP: step})
+                last |= dict.fromkeys(new, step)
+        return last
+
+    def sync_offline(self) -> str:
+        """``wandb sync`` of what was written offline and is not marked as sent; returns its folders."""
+        offline = [path for path, _ in self.logs if _is_offline(path)]
+        unsent = [str(path.parent) for path in offline if not path.with_name(f"{path.name}.synced").exists()]
+        if unsent:
+            command = [sys.executable, "-m", "wandb", "sync", *unsent]
+            where = os.environ | {"WANDB_DIR": str(self.history.parent)}  # of its own log, else ./wandb
+            done = subprocess.run(command, env=where, capture_output=True, text=True)
+            if done.returncode or "ERROR" in done.stderr:  # it says 0 whatever happens
+                raise ValueError(f"wandb sync {' '.join(unsent)} failed: {' '.join(done.stderr.split())[-300:]}")
+        return " ".join(unsent)
+
+
+def mend(log: Path) -> None:
+    """Cut off the record that a killed process left half written: ``wandb sync`` takes nothing that comes after it.
+
+    The file is a LevelDB log: blocks of 32 KiB, in them pieces of records, each after a head of 7 bytes (checksum,
+    length, and whether the piece is a whole record, its first, a middle or its last).
+    """
+    content = log.read_bytes()
+    place, whole = _FILE_HEAD, _FILE_HEAD
+    while (left := _BLOCK - place % _BLOCK) and place + _HEAD <= len(content):
+        if left < _HEAD:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        place += _HEAD + length
+        if kind not in _PIECES or place > len(content):
+            break
+        if kind in (_WHOLE, _LAST):
+            whole = place
+    if whole < len(content) and any(content[whole:]):
+        with log.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _is_offline(path: Path) -> bool:
+    return path.parent.name.startswith("offline")
+
+
+def _began(path: Path) -> str:
+    """The time in the name of its folder: ``offline-run-20261122_104852-ID``."""
+    return path.parent.name.removeprefix("offline-")
+
+
+def _by_step(history: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of ``history.jsonl``, those of a step together."""
+    lines = history.read_text().splitlines() if history.is_file() else []
+    rows = (row for row in map(json.loads, lines) if row["step"] is not None)
+    for step, together in itertools.groupby(rows, key=lambda row: row["step"]):
+        yield step, {name: value for row in together for name, value in row.items() if name != "step"}
+
+
+def _media(rows: Iterable[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What no ``history.jsonl`` holds: the tables and histograms of rows."""
+    for path, row in rows:
+        for name, value in row.items():
+            if isinstance(value, dict):
+                yield int(row[STEP]), {name: _revived(value, path.parent / "files")}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one log, as far as it was written."""
+    command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        log.warning("%s cannot be read; rows of it may be logged twice: %s", path, done.stderr.strip()[-200:])
+    for line in done.stdout.splitlines():
+        if line.startswith('{"num"') and '"type":"history"' in line:
+            yield _nested(json.loads(line)["history"]["item"])
+
+
+def _nested(item: dict[str, Any]) -> dict[str, Any]:
+    """``{"table._type": ..., "table.path": ...}`` -> ``{"table": {"_type": ..., "path": ...}}``."""
+    row: dict[str, Any] = {}
+    for name, value in item.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            row.setdefault(outer, {})[inner] = value
+        else:
+            row[outer] = value
+    return row
+
+
+def _revived(value: Any, files: Path) -> Any:
+    """A value of a row as it was logged: tables are made of their files again, which hold no pictures."""
+    if value.get("_type") != "table-file":
+        return value
+    content = json.loads((files / value["path"]).read_text())
+    return wandb.Table(columns=content["columns"], data=content["data"])

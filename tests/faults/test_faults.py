@@ -1,0 +1,115 @@
+"""What the machine cannot do is said in one sentence that names the remedy; what is on the disk stays whole."""
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from kimivl.callbacks import CheckpointFiles
+from kimivl.faults import MachineFault, explained, writing
+from kimivl.tracking import History
+
+MB = 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def state(megabytes: float) -> dict[str, torch.Tensor]:
+    return {"weight": torch.zeros(int(megabytes * MB / 4))}
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_says_so(small_disk):
+    files, path = CheckpointFiles(), small_disk / "checkpoints" / "last.ckpt"
+    files.save_checkpoint(state(1), path)
+    with pytest.raises(MachineFault, match=r"last\.ckpt could not be written: the disk is full \(0\.003 GB needed"):
+        files.save_checkpoint(state(2.8), path)
+    assert torch.load(path)["weight"].nbytes == MB
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    (small_disk / "checkpoints/last.ckpt").unlink()
+    files.save_checkpoint(state(2.8), path)  # room was made
+
+
+def test_a_full_disk_cuts_no_line_of_the_history(small_disk):
+    history = History(small_disk)
+    history.log_metrics({"train/loss": 1.0}, step=0)
+    (small_disk / "ballast").write_bytes(bytes(3 * MB - 3 * 4096))
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(1, 10_000):
+            history.log_metrics({"train/loss": 1.0}, step=step)
+    assert history.path.read_text().endswith("}\n")
+    (small_disk / "ballast").unlink()
+    history.log_metrics({"train/loss": 1.0}, step=step)
+    assert len(history.path.read_text().splitlines()) == step + 1
+
+
+def test_a_model_folder_that_does_not_fit_is_a_full_disk_too(small_disk):
+    with pytest.raises((SafetensorError, OSError)) as caught:
+        save_file(state(4), small_disk / "model.safetensors")
+    error = explained(caught.value, "ending", [], small_disk)
+    assert isinstance(error, MachineFault) and "the disk is full" in str(error) and str(small_disk) in str(error)
+
+
+def test_other_errors_of_writing_are_left_as_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="^PytorchStreamWriter failed: a bug"), writing(tmp_path / "a", 10):
+        raise RuntimeError("PytorchStreamWriter failed: a bug")
+    with pytest.raises(PermissionError), writing(tmp_path / "a", 10):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    quota = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(tmp_path / "a"))
+    with pytest.raises(MachineFault, match="quota is used up"), writing(tmp_path / "a", 10):
+        raise quota
+
+
+def test_out_of_memory_says_where_how_much_and_what_to_type(tmp_path):
+    doing, overrides = "training, step 7, on a pack of 2,048 tokens", ["stage=sft", "model=small"]
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB"), caught.value):
+        text = str(explained(error, doing, overrides, tmp_path))
+        assert text.startswith("out of memory while training, step 7, on a pack of 2,048 tokens")
+        assert "activation_checkpointing=full" in text and "kimivl memory stage=sft model=small" in text
+        assert "peak was" in text
+    bug = RuntimeError("shapes do not fit")
+    assert explained(bug, doing, overrides, tmp_path) is bug
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 12) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 12, 13) exited unexpectedly",
+        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+        "of shared memory. Please try to raise your shared memory limit.",
+    ],
+)
+def test_a_lost_worker_is_named(text, tmp_path):
+    error = explained(RuntimeError(text), "training, step 7", [], tmp_path)
+    assert isinstance(error, MachineFault) and "data.num_workers" in str(error) and "step 7" in str(error)
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_names_the_keys(tmp_path):
+    small, large = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
+    with pytest.raises(RuntimeError) as of_model:
+        small.load_state_dict(large.state_dict())
+    with pytest.raises(ValueError, match="loaded state dict") as of_optimizer:
+        torch.optim.SGD(small.parameters()).load_state_dict(torch.optim.SGD([small.weight]).state_dict())
+    for caught, detail in ((of_model, "size mismatch for weight"), (of_optimizer, "parameter group")):
+        error = explained(caught.value, "starting", [], tmp_path)
+        assert isinstance(error, ValueError) and detail in str(error) and "with the model=, lora=" in str(error)

@@ -1,0 +1,255 @@
+"""A real SLURM on this machine: munged, slurmctld and one slurmd, in a folder and on ports of its own."""
+
+import ctypes
+import fcntl
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+CPUS = 4
+GRACE = 60
+"""Seconds that a preempted job has to end by itself."""
+SETTLE_S = 4.0
+"""Seconds after which a requeued job may start: before, its node may still know it as the job that it just ended."""
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+ReturnToService=2
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=1000
+PartitionName=low Nodes=n1 Default=YES PriorityTier=1 GraceTime={grace} MaxTime=INFINITE
+PartitionName=high Nodes=n1 PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
+"""
+
+
+class Missing(Exception):
+    """SLURM cannot be had here; the message says why."""
+
+
+class Cluster:
+    """``with Cluster() as cluster``: commands run with ``cluster.environment``."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self.folder: Path
+        self.environment: dict[str, str] = {}
+
+    def __enter__(self) -> "Cluster":
+        install()
+        with ExitStack() as stack:
+            # A socket's path has at most 107 characters: pytest's own folders are too deep.
+            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp")))
+            self.folder.chmod(0o755)
+            self._write_conf()
+            self._start_all(stack)
+            stack.callback(self.cancel_all)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _write_conf(self) -> None:
+        settings = {
+            "host": socket.gethostname().split(".")[0],
+            "user": getpass.getuser(),
+            "folder": self.folder,
+            "ports": free_ports(2),
+            "cpus": CPUS,
+            "grace": GRACE,
+        }
+        for name in ("state", "spool"):
+            (self.folder / name).mkdir()
+        (self.folder / "slurm.conf").write_text(CONF.format(**settings))
+        if slurm_version() >= (23, 11):  # before it neither knew the word nor looked for cgroups
+            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def _start_all(self, stack: ExitStack) -> None:
+        at = self.folder
+        own = [f"--{name}={at}/munge.{file}" for name, file in (("key-file", "key"), ("socket", "socket"))]
+        own += [f"--{name}-file={at}/munge.{name}" for name in ("pid", "log", "seed")]
+        self._start(stack, "munged", "--foreground", "--force", *own)
+        wait_for(lambda: (at / "munge.socket").exists(), lambda: "munged", 10)
+        self._start(stack, "slurmctld", "-D", "-c")
+        self._start(stack, "slurmd", "-D", "-N", "n1")
+        wait_for(lambda: "idle" in self.try_run("sinfo", "-h", "-o", "%T"), lambda: "the node", 30)
+
+    def _start(self, stack: ExitStack, *command: str) -> None:
+        log = stack.enter_context((self.folder / f"{command[0]}.out").open("w"))
+        program = find(command[0])
+        assert program is not None
+        daemon = subprocess.Popen(
+            [program, *command[1:]],
+            env=os.environ | self.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_ends_with_its_parent,
+            start_new_session=True,
+        )
+        stack.callback(_end, daemon)
+
+    # What tests do with it.
+
+    def cancel_all(self) -> None:
+        """Empty the queue, and wait until it is."""
+        self.try_run("scancel", f"--user={getpass.getuser()}")
+        try:
+            wait_for(lambda: not self.try_run("squeue", "-h").strip(), lambda: "the last job's end", 20)
+        except TimeoutError as error:
+            print(error)
+
+    def try_run(self, *command: str) -> str:
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
+        return done.stdout
+
+    def run(self, *command: str, **environment: str) -> str:
+        """What a command of SLURM prints; it must succeed."""
+        env = os.environ | self.environment | environment
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What the controller knows of a job: JobState, Restarts, Reason and more."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
+
+    def queue(self) -> list[str]:
+        """The jobs that wait or run: 17, or 17_3 in an array."""
+        return self.run("squeue", "--noheader", "--array", "--format=%i").split()
+
+    def wait_for_state(self, job: str, *states: str, timeout: float = 300) -> None:
+        wait_for(lambda: self.job(job)["JobState"] in states, lambda: f"{job} to be {states}: {self.job(job)}", timeout)
+
+    def start_again(self, job: str, restarts: int = 1) -> None:
+        """Wait until a job is back in the queue, and spare it the two minutes that SLURM lets it wait there."""
+
+        def waits() -> bool:
+            known = self.job(job)
+            return known["JobState"] == "PENDING" and int(known["Restarts"]) >= restarts
+
+        wait_for(waits, lambda: f"{job} to be requeued: {self.job(job)}", 300)
+        time.sleep(SETTLE_S)
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    def complaints(self) -> str:
+        """What the daemons call errors."""
+        logs = [self.folder / f"{daemon}.log" for daemon in ("slurmctld", "slurmd")]
+        return "\n".join(line for log in logs for line in log.read_text().splitlines() if "error" in line)
+
+    def preempt(self, seconds: float = 1) -> str:
+        """A job of higher priority that needs the whole node; its number."""
+        return self.run(
+            "sbatch", "--parsable", "--partition=high", f"--ntasks={CPUS}", "-o/dev/null", f"--wrap=sleep {seconds}"
+        )
+
+
+def short(root: Path) -> list[str]:
+    """A run of seven steps and a validation."""
+    return [
+        "stage=sft",
+        "debug=miniature",
+        f"paths.root={root}",
+        "logger=none",
+        "test=false",
+        "evaluation={samples: 0, max_new_tokens: 4}",
+        "data.phases=[{epochs: 1, lr: [1e-3, 1e-4], max_length: 512}]",
+    ]
+
+
+def find(program: str) -> str | None:
+    return shutil.which(program, path=os.environ["PATH"] + os.pathsep + "/usr/sbin:/sbin")
+
+
+def install() -> None:
+    """Debian's packages, where they are missing and may be installed.
+
+    Raises:
+        Missing: with the reason.
+    """
+    with Path(tempfile.gettempdir(), f"install-slurm-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        missing = [program for program in PROGRAMS if find(program) is None]
+        if not missing:
+            return
+        if os.getuid() != 0 or shutil.which("apt-get") is None:
+            raise Missing(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge, as root")
+        command = "apt-get update -q; DEBIAN_FRONTEND=noninteractive apt-get install -qy slurm-wlm munge"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise Missing(f"apt-get install slurm-wlm munge: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def slurm_version() -> tuple[int, int]:
+    said = subprocess.run([find("slurmctld") or "", "-V"], capture_output=True, text=True).stdout
+    major, minor = re.findall(r"(\d+)\.(\d+)", said)[0]
+    return int(major), int(minor)
+
+
+def wait_for(condition: Callable[[], object], what: Callable[[], str], timeout: float, every: float = 0.2) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {timeout} s for {what()}")
+        time.sleep(every)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _ends_with_its_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _end(daemon: "subprocess.Popen[bytes]") -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()

@@ -1,0 +1,59 @@
+"""One run at a time in a folder."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kimivl.lock import LOCK_FILE, only_run_in
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from kimivl.lock import only_run_in
+with only_run_in(Path(sys.argv[1])):
+    if os.fork() == 0:  # as a loader worker: it has no part in the lock
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_second_run_is_refused_while_the_first_lives(holder, tmp_path):
+    message = f"in use by process {holder.pid} on .*paths.output_dir=FOLDER"
+    with pytest.raises(ValueError, match=message), only_run_in(tmp_path, patience=0.0):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)  # its children live on
+    with only_run_in(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK_FILE).read_text()
+
+
+def test_the_lock_is_given_back(tmp_path):
+    for _ in range(2):
+        with only_run_in(tmp_path / "run", patience=0.0):
+            pass
+    again = "import sys, pathlib, kimivl.lock as lock\nwith lock.only_run_in(pathlib.Path(sys.argv[1]), 0): pass"
+    subprocess.run([sys.executable, "-c", again, tmp_path / "run"], check=True)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def refuse(*args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with only_run_in(tmp_path):
+        assert "see to it yourself that no second run" in caplog.text

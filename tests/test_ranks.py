@@ -1,0 +1,84 @@
+"""What ranks say to each other, on real processes."""
+
+import time
+
+import pytest
+from in_ranks import in_ranks
+
+from kimivl import ranks
+
+
+def _exchange() -> dict:
+    me = ranks.rank()
+    found = {"gathered": ranks.gather(me * 10), "shared": ranks.share(lambda: f"by {ranks.rank()}")}
+    assert ranks.attempt(lambda: me) == [0, 1]
+    with ranks.first():
+        if me == 0:
+            time.sleep(0.3)
+            ranks.post("made", "it is there")
+        assert ranks.posted("made") == "it is there"
+    assert ranks.posted("nothing") is None
+    return found
+
+
+def _failures() -> list[str]:
+    me, found = ranks.rank(), []
+
+    def fail(where: int) -> str:
+        if me == where:
+            raise OSError(f"no disk on {where}")
+        return "fine"
+
+    for where in (0, 1):
+        with pytest.raises((OSError, ranks.PeerFailed)) as caught:
+            ranks.attempt(lambda where=where: fail(where))
+        found.append(str(caught.value))
+    with pytest.raises((OSError, ranks.PeerFailed)) as caught, ranks.first():
+        fail(0)
+    return [*found, str(caught.value)]
+
+
+def _same_error() -> bool:
+    return ranks.said_elsewhere("the config is wrong")
+
+
+def _own_error() -> bool:
+    """Rank 1 fails, and rank 0 learns of it when it has said so."""
+    if ranks.rank() == 0:
+        time.sleep(0.5)
+        while ranks.posted("said/1") is None:
+            time.sleep(0.05)
+        return ranks.said_elsewhere("rank 1: no disk")
+    ranks.PATIENCE = 0.5
+    return ranks.said_elsewhere("no disk")
+
+
+def _two_errors() -> bool:
+    ranks.PATIENCE = 1.0
+    return ranks.said_elsewhere("no disk" if ranks.rank() else "no network")
+
+
+def _all() -> list:
+    return [_exchange(), _failures()]
+
+
+def test_ranks_exchange_and_fail_together():
+    (first, failed), (second, also) = in_ranks(_all)
+    assert first == second == {"gathered": [0, 10], "shared": "by 0"}
+    assert failed == ["no disk on 0", "rank 1: no disk on 1", "no disk on 0"]
+    assert also == ["rank 0: no disk on 0", "no disk on 1", "rank 0: no disk on 0"]
+
+
+@pytest.mark.parametrize(
+    ("run", "elsewhere"), [(_same_error, [False, True]), (_own_error, [True, False]), (_two_errors, [False, False])]
+)
+def test_what_all_have_to_say_is_said_by_one(run, elsewhere):
+    assert in_ranks(run) == elsewhere
+
+
+def test_one_process_is_all_ranks():
+    assert (ranks.gather(3), ranks.share(lambda: 4), ranks.world_size(), ranks.is_first()) == ([3], 4, 1, True)
+    with ranks.first():
+        pass
+    with pytest.raises(ZeroDivisionError), ranks.first():
+        raise ZeroDivisionError

@@ -1,0 +1,56 @@
+"""Who a run is, and what it leaves in its folder."""
+
+import json
+
+import pytest
+
+from kimivl import tracking
+
+
+def test_a_run_has_one_id_per_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tracking.run_id("a") == tracking.run_id(tmp_path / "a") != tracking.run_id("b")
+
+
+def test_history_is_appended_to(tmp_path):
+    for step in (0, 1):
+        tracking.History(tmp_path).log_metrics({"train/loss": 1.5}, step)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 0, "train/loss": 1.5}, {"step": 1, "train/loss": 1.5}]
+
+
+def test_run_file_round_trip(tmp_path):
+    assert tracking.read_run(tmp_path / "new") == {}
+    tracking.write_run(tmp_path / "new", "failed", {"seed": 1}, "the disk is full")
+    about = {"status": "failed", "error": "the disk is full", "id": tracking.run_id(tmp_path / "new"), "number": 0}
+    assert tracking.read_run(tmp_path / "new") == about | {"config": {"seed": 1}}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("status", "config", "goes_on", "same"),
+    [
+        ("interrupted", {"seed": 1}, True, True),  # requeued
+        ("finished", {"seed": 1}, True, True),  # gone on with from its own checkpoint
+        ("running", {"seed": 1}, False, True),  # killed before it left a checkpoint
+        ("finished", {"seed": 1}, False, False),  # the same command once more, after its end
+        ("failed", {"seed": 2}, False, False),  # another run in the folder of one that failed
+    ],
+)
+def test_a_run_that_begins_anew_is_another_one(tmp_path, status, config, goes_on, same):
+    tracking.write_run(tmp_path, status, config)
+    before = tracking.read_run(tmp_path)["id"]
+    for name in ("history.jsonl", "metrics.csv"):
+        (tmp_path / name).write_text("{}\n")
+    tracking.begin_run(tmp_path, {"seed": 1}, goes_on)
+    about = tracking.read_run(tmp_path)
+    assert about["status"] == "running" and (about["id"] == before) is same
+    assert (tmp_path / "history.jsonl").exists() is (tmp_path / "metrics.csv").exists() is goes_on
+    tracking.write_run(tmp_path, "finished", {"seed": 1})
+    assert tracking.read_run(tmp_path)["id"] == about["id"]
+
+
+def test_the_parent_is_the_run_whose_model_it_is(tmp_path):
+    tracking.write_run(tmp_path / "sft", "finished", {})
+    assert tracking.parent_of(str(tmp_path / "sft" / "model"))["id"] == tracking.run_id(tmp_path / "sft")
+    assert tracking.parent_of(str(tmp_path / "published")) == tracking.parent_of(None) == {}

@@ -1,0 +1,58 @@
+"""The saved workspace and report, as W&B gets them."""
+
+import json
+
+from kimivl.cli import main
+from kimivl.tracking import names
+
+
+def texts(node, key):
+    """All values under ``key`` in a JSON tree."""
+    if isinstance(node, dict):
+        if key in node:
+            yield node[key]
+        for inner in node.values():
+            yield from texts(inner, key)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from texts(inner, key)
+
+
+def test_workspace_and_report_reach_the_server(server, capsys):
+    assert main(["workspace", "me/kimivl", "--group", "lr"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(server.url) == 2
+    workspace, report = server.views
+    assert (workspace["entityName"], workspace["projectName"], workspace["displayName"]) == (
+        "me",
+        "kimivl",
+        "kimivl lr",
+    )
+    spec = json.loads(workspace["spec"])
+    sections = {section["name"]: section for section in spec["section"]["panelBankConfig"]["sections"]}
+    assert list(sections)[:3] == ["val", "train", "rollout"] and sections["val"]["pinned"]
+    assert [y for metrics in texts(sections["val"], "metrics") for y in metrics if y == "val/accuracy"]
+    assert next(texts(sections["rollout"]["panels"], "xAxis")) == names.ITERATION
+    grouping = spec["section"]["runSets"][0]["grouping"]
+    assert [key["name"] for key in grouping] == ["group", "jobType"]
+    assert '"lr"' in json.dumps(spec["section"]["runSets"][0]["filters"])
+    assert report["type"] == "runs" and report["displayName"] == "kimivl: the runs of lr"
+    blocks = json.dumps(json.loads(report["spec"]))
+    assert "val/accuracy" in blocks and "runset" in blocks.lower() and METER in blocks
+
+
+METER = names.METRICS["policy/kl"].meaning
+
+
+def test_without_a_key_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert main(["workspace"]) == 2
+    assert "wandb login" in capsys.readouterr().err
+
+
+def test_a_server_that_fails_is_one_sentence(server, capsys):
+    server.mood = "refusing"
+    assert main(["workspace", "me/kimivl"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: W&B did not save the workspace") and "\n" not in said

@@ -1,0 +1,58 @@
+"""One rank of a run that does nothing but wait for the others, under a watch whose clock is fast.
+
+Rank 1 does ``what``: ``kill``, ``raise``, ``hang``, ``quiet`` (something long that may be); or all ``stop``, when asked
+to. ``first-kill`` and the like: rank 0 does it. The others wait for it in a collective, or (``-deaf``) in something
+that never says that a rank is gone, as NCCL does.
+"""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kimivl import heartbeats, watch
+from kimivl.config import Interrupted
+
+
+def main(folder: str, rank: int, ranks: int, port: int, what: str) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    watch.BEAT, watch.GRACE, heartbeats.GONE_AFTER, heartbeats.LOST_AFTER = 0.2, 1.5, 1.0, 4.0
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    with watch.Watch(Path(folder)) as watched:
+        watched.on_end = lambda text: print("END", text, flush=True)
+        for step in range(3):
+            watched.mark(1.0, f"step {step}")
+            dist.all_reduce(torch.ones(1))
+            time.sleep(0.3)
+        doer = 0 if what.startswith("first-") else 1
+        deaf = what.endswith("-deaf")
+        act(watched, what.removeprefix("first-").removesuffix("-deaf"), rank == doer, deaf)
+    dist.destroy_process_group()
+    print("done", flush=True)
+
+
+def act(watched: watch.Watch, what: str, mine: bool, deaf: bool) -> None:
+    watched.mark(3.0, "the last step")
+    if what == "stop":
+        raise Interrupted("saved after step 3")
+    if mine:
+        if what == "kill":
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "raise":
+            raise RuntimeError("the camera is broken")
+        if what == "hang":
+            time.sleep(100)
+        if what == "quiet":
+            watched.mark(None, "indexing")
+            time.sleep(6)
+            watched.mark(1.0)
+    if deaf and not mine:
+        time.sleep(100)
+    dist.all_reduce(torch.ones(1))
