@@ -1,15 +1,116 @@
-"""Whether a run can go on from a checkpoint: asked before anything is built."""
+"""What a run goes on from, and whether it can: asked before anything is built."""
 
 from __future__ import annotations
 
+import json
+import logging
 import pickle
+import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kimivl import tracking
+from kimivl.checkpoint import LAST, remove, resume_path
 from kimivl.checkpoint_folder import REST, read_rest
+from kimivl.config import AUDIT, METRICS_FILE
+
+log = logging.getLogger(__name__)
+
+_MAY_DIFFER = {
+    "ckpt_path",
+    "callbacks",
+    "logger",
+    # What runs out of memory, or lacks a kernel on another machine, goes on with others: equal up to rounding.
+    "activation_checkpointing",
+    "module.activation_checkpointing",
+    "kernels",
+    "module.kernels",
+    "test",
+    "data.num_workers",
+    "data.max_dropped",
+    "data.cache",
+    "data.cache_gb",
+    # The packs of a step may be dealt to other ranks; the datamodules check that they are the same packs.
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accumulate_grad_batches",
+    "trainer.log_every_n_steps",
+    "trainer.check_val_every_n_epoch",
+}
+_SERVICES = {
+    "rollout": "max_rows prefill_tokens kv_cache_gb enforce_eager sleep url in_flight timeout retries backoff sync_dir "
+    "sync_timeout",
+    "reward": "workers timeout memory_gb",
+}
+"""Where and with what means responses are drawn and judged, not which or how."""
+_MAY_DIFFER |= {
+    f"{owner}{group}.{key}" for group, keys in _SERVICES.items() for key in keys.split() for owner in ("", "module.")
+}
+"""Keys that a run may change when it goes on from its own checkpoint."""
+
+
+def done_before(output_dir: Path, config: dict[str, Any]) -> dict[str, float]:
+    """The figures of a job of a sweep that has finished in this folder; empty where none has."""
+    before, metrics = tracking.read_run(output_dir), output_dir / METRICS_FILE
+    if before.get("status") != "finished" or not metrics.is_file():
+        return {}
+    for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
+        raise ValueError(
+            f"{output_dir} holds a finished run with another {key} ({how}); give the sweep a folder of its own with "
+            f"hydra.sweep.dir=FOLDER, or remove {output_dir}"
+        )
+    return json.loads(metrics.read_text())
+
+
+def begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
+    """What to go on from; the folder is made ready for it, and says that the run is running."""
+    resume = _resume(output_dir, ckpt_path, config)
+    own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
+    tracking.begin_run(output_dir, config, own)
+    for file in (METRICS_FILE, *(() if own else (LAST,))):
+        remove(output_dir / file)  # an earlier run's, which this one does not go on from
+    if not own:
+        shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
+        if resume is not None and (elsewhere := resume.parents[1] / AUDIT).is_dir():
+            shutil.copytree(elsewhere, output_dir / AUDIT)  # the proof goes on where that run's steps end
+    return resume
+
+
+def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
+    """What to go on from; an unfinished run of this folder goes on, but only with the settings that it began with."""
+    before = tracking.read_run(output_dir)
+    unfinished = before.get("status") in ("running", "interrupted", "failed")
+    resume = resume_path(output_dir, ckpt_path, unfinished)
+    if resume is None:
+        return None
+    own = unfinished and resume == output_dir / LAST
+    check_checkpoint(resume, own, config["stage"])
+    if own:
+        # What `module` refers to differs there too: the shortest key is the one that a user types.
+        for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
+            raise ValueError(
+                f"{output_dir} holds an unfinished run with another {key} ({how}); go on with its settings, "
+                f"or remove {resume} to start anew"
+            )
+    log.info("going on from %s", resume)
+    return resume
+
+
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The keys in which two configs differ, apart from those that may, and how."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        if before != after:
+            yield path, f"{before!r}, now {after!r}"
+        return
+    for key in sorted(before.keys() | after.keys()):
+        inner = f"{path}.{key}".strip(".")
+        if inner not in _MAY_DIFFER:
+            yield from _differences(before.get(key), after.get(key), inner)
 
 
 def check_checkpoint(path: Path, own: bool, stage: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,50 +22,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from kimivl import ranks, tracking
 from kimivl.callbacks import CheckpointFiles, Watchdog
-from kimivl.checkpoint import LAST, MODEL, check_init_from, hand_over, remove, resume_path
-from kimivl.config import AUDIT, METRICS_FILE, Interrupted, validate
+from kimivl.checkpoint import LAST, MODEL, check_init_from, hand_over
+from kimivl.config import Interrupted, validate
 from kimivl.faults import explained
 from kimivl.interruption import told_apart
 from kimivl.launch import Place, check_launch, joined
 from kimivl.lock import only_run_in
 from kimivl.memory.check import check_memory
-from kimivl.resume import check_checkpoint
+from kimivl.resume import begin, done_before
 from kimivl.watch import Watch
 
 log = logging.getLogger(__name__)
-
-_MAY_DIFFER = {
-    "ckpt_path",
-    "callbacks",
-    "logger",
-    # What runs out of memory, or lacks a kernel on another machine, goes on with others: equal up to rounding.
-    "activation_checkpointing",
-    "module.activation_checkpointing",
-    "kernels",
-    "module.kernels",
-    "test",
-    "data.num_workers",
-    "data.max_dropped",
-    "data.cache",
-    "data.cache_gb",
-    # The packs of a step may be dealt to other ranks; the datamodules check that they are the same packs.
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.accumulate_grad_batches",
-    "trainer.log_every_n_steps",
-    "trainer.check_val_every_n_epoch",
-}
-_SERVICES = {
-    "rollout": "max_rows prefill_tokens kv_cache_gb enforce_eager sleep url in_flight timeout retries backoff sync_dir "
-    "sync_timeout",
-    "reward": "workers timeout memory_gb",
-}
-"""Where and with what means responses are drawn and judged, not which or how."""
-_MAY_DIFFER |= {
-    f"{owner}{group}.{key}" for group, keys in _SERVICES.items() for key in keys.split() for owner in ("", "module.")
-}
-"""Keys that a run may change when it goes on from its own checkpoint."""
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -121,10 +86,10 @@ def _code(error: BaseException) -> int:
 def _run(cfg: DictConfig, output_dir: Path, overrides: list[str], watch: Watch) -> float | None:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     check_memory(config, overrides)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and (done := ranks.share(lambda: _done_before(output_dir, config))):
+    if HydraConfig.get().mode == RunMode.MULTIRUN and (done := ranks.share(lambda: done_before(output_dir, config))):
         log.info("%s has finished before", output_dir)
         return _optimized(done, cfg.optimized_metric)
-    resume = ranks.share(lambda: _begin(output_dir, cfg.ckpt_path, config))
+    resume = ranks.share(lambda: begin(output_dir, cfg.ckpt_path, config))
     _quiet()
     seed_everything(cfg.seed, verbose=False)
     loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
@@ -149,33 +114,6 @@ def _run(cfg: DictConfig, output_dir: Path, overrides: list[str], watch: Watch) 
     finally:
         tracking.close(loggers, outcome)
     return _optimized(metrics, cfg.optimized_metric)
-
-
-def _done_before(output_dir: Path, config: dict[str, Any]) -> dict[str, float]:
-    """The figures of a job of a sweep that has finished in this folder; empty where none has."""
-    before, metrics = tracking.read_run(output_dir), output_dir / METRICS_FILE
-    if before.get("status") != "finished" or not metrics.is_file():
-        return {}
-    for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
-        raise ValueError(
-            f"{output_dir} holds a finished run with another {key} ({how}); give the sweep a folder of its own with "
-            f"hydra.sweep.dir=FOLDER, or remove {output_dir}"
-        )
-    return json.loads(metrics.read_text())
-
-
-def _begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
-    """What to go on from; the folder is made ready for it, and says that the run is running."""
-    resume = _resume(output_dir, ckpt_path, config)
-    own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
-    tracking.begin_run(output_dir, config, own)
-    for file in (METRICS_FILE, *(() if own else (LAST,))):
-        remove(output_dir / file)  # an earlier run's, which this one does not go on from
-    if not own:
-        shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
-        if resume is not None and (elsewhere := resume.parents[1] / AUDIT).is_dir():
-            shutil.copytree(elsewhere, output_dir / AUDIT)  # the proof goes on where that run's steps end
-    return resume
 
 
 def _fit_and_hand_over(
@@ -240,38 +178,6 @@ def _plugins(strategy: Any) -> list[Any]:
 def _instantiated(group: DictConfig | None) -> list[Any]:
     """The objects of a group of named targets; an entry that is null is left out."""
     return [instantiate(node, _convert_="all") for node in (group or {}).values() if node is not None]
-
-
-def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
-    """What to go on from; an unfinished run of this folder goes on, but only with the settings that it began with."""
-    before = tracking.read_run(output_dir)
-    unfinished = before.get("status") in ("running", "interrupted", "failed")
-    resume = resume_path(output_dir, ckpt_path, unfinished)
-    if resume is None:
-        return None
-    own = unfinished and resume == output_dir / LAST
-    check_checkpoint(resume, own, config["stage"])
-    if own:
-        # What `module` refers to differs there too: the shortest key is the one that a user types.
-        for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
-            raise ValueError(
-                f"{output_dir} holds an unfinished run with another {key} ({how}); go on with its settings, "
-                f"or remove {resume} to start anew"
-            )
-    log.info("going on from %s", resume)
-    return resume
-
-
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The keys in which two configs differ, apart from those that may, and how."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        if before != after:
-            yield path, f"{before!r}, now {after!r}"
-        return
-    for key in sorted(before.keys() | after.keys()):
-        inner = f"{path}.{key}".strip(".")
-        if inner not in _MAY_DIFFER:
-            yield from _differences(before.get(key), after.get(key), inner)
 
 
 def _floats(trainer: Trainer) -> dict[str, float]:
