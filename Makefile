@@ -12,7 +12,7 @@ BIN        := $(VENV)/bin
 INSTALLED  := $(VENV)/.installed
 RUN        := outputs/$(NAME)
 NEW_ENOUGH := sys.exit(sys.version_info < (3, 11))
-PYTEST     := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8
+PYTEST     := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install check test test-slow demo clean
@@ -31,7 +31,7 @@ test: $(INSTALLED)  ## the tests, a few minutes on two cores
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)  ## the tests that take longer
-	$(PYTEST) -m slow
+	$(PYTEST) --no-loadscope-reorder -m slow
 
 demo: $(RUN)/rl/metrics.json  ## train the three stages on real images on a CPU, show the result
 	$(BIN)/kimivl report $(RUN)

@@ -4,6 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+from kimivl import signals
+
+if __name__ == "__main__":
+    signals.hold()  # what follows takes a second or two, in which a scheduler's signal would end this process
+
+# ruff: noqa: E402
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -24,7 +30,10 @@ def main(cfg: DictConfig) -> float | None:
         check_launch(cfg.trainer, HydraConfig.get().mode == RunMode.MULTIRUN)  # may start ranks, and end here
         from kimivl.run import run  # torch and transformers take seconds to import: --help does not wait for them
 
-        return run(cfg)
+        try:
+            return run(cfg)
+        finally:
+            signals.hold()  # what comes while the program ends finds nothing left to save
 
 
 if __name__ == "__main__":

@@ -79,11 +79,15 @@ class _SubmititLauncher(Launcher):
         try:
             running = self.submit([(list(o), n, Singleton.get_state()) for n, o in numbered])
         except submitit.core.utils.FailedJobError as error:
-            raise CompactHydraException(f"hydra/launcher={self.cluster}: {_last_line(str(error))}") from error
+            raise CompactHydraException(f"error: {self.refused(_last_line(str(error)))}") from error
         return running
 
     def check_machine(self) -> None:
         """Raise where jobs cannot be started."""
+
+    def refused(self, why: str) -> str:
+        """What to do about jobs that were not taken."""
+        return f"hydra/launcher={self.cluster}: {why}"
 
     def submit(self, jobs: list[tuple[Any, ...]]) -> list[JobReturn]:
         raise NotImplementedError
@@ -209,9 +213,16 @@ class SlurmLauncher(_SubmititLauncher):
     def check_machine(self) -> None:
         if shutil.which("sbatch") is None:
             raise CompactHydraException(
-                "hydra/launcher=slurm: this machine has no sbatch; type it on a login node of the cluster, or use "
-                "hydra/launcher=local"
+                "error: hydra/launcher=slurm: this machine has no sbatch; type it on a login node of the cluster, or "
+                "use hydra/launcher=local"
             )
+
+    def refused(self, why: str) -> str:
+        if re.search(r"configuration source|contact|connect|communication", why, re.IGNORECASE):
+            remedy = "no SLURM answers here; type it on a login node of the cluster, or use hydra/launcher=local"
+        else:
+            remedy = "set hydra.launcher.partition, account, timeout_min and the like as the cluster wants them"
+        return f"hydra/launcher=slurm: {why}: {remedy}"
 
     def submit(self, jobs: list[tuple[Any, ...]]) -> list[JobReturn]:
         executor = self.executor(array_parallelism=self.array_parallelism or len(jobs))
@@ -262,8 +273,8 @@ def _check_fixed(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> 
             key, _, value = override.lstrip("+").partition("=")
             if key in _FIXED and value != str(OmegaConf.select(config, key)):
                 raise CompactHydraException(
-                    f"a sweep over {key}: all jobs of a sweep have the same tasks; type one sweep for each value, the "
-                    f"first with {key}={value}"
+                    f"error: a sweep over {key}: all jobs of a sweep have the same tasks; type one sweep for each "
+                    f"value, the first with {key}={value}"
                 )
 
 

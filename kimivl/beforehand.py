@@ -9,6 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from kimivl import signals
 from kimivl.launch import check_multirun, find_place
 
 
@@ -19,6 +20,7 @@ class Beforehand(Callback):
         _make(Path(config.hydra.run.dir), "paths.output_dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        signals.release()  # launchers have handlers of their own, and none of their jobs is to begin deaf
         try:
             check_multirun()
         except ValueError as error:

@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 
 from kimivl import ranks
 from kimivl.checkpoint import put_in_place
+from kimivl.faults import MachineFault, writing
 from kimivl.model.official_writing import sync
 from kimivl.optim.dealing import rows_of_ranks
 from kimivl.optim.matrices import local
@@ -44,14 +46,15 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write a Lightning checkpoint whose tensors may be cut up over the ranks. All ranks call this.
 
     Raises:
-        CheckpointException: on all ranks, where one could not write; what was there before is whole.
+        MachineFault: on the rank where the disk was full, and PeerFailed on the others; what was there before is whole.
+        CheckpointException: on all ranks, where one could not write for another reason.
     """
     tensors, rest = _taken_apart(checkpoint)
     part = folder.with_name(f".{folder.name}.part")
     ranks.share(lambda: _make_empty(part))
     try:
-        with _alone():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
+        with _alone(), _said_by_one():
+            dcp.save(tensors, storage_writer=_Writer(part, folder, _own_bytes(tensors)))
         ranks.share(lambda: _finish(rest, part, folder))
     finally:
         if ranks.is_first():
@@ -71,11 +74,45 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+class _Writer(dcp.FileSystemWriter):
+    """torch's own, whose errors say that the disk is full where that is why."""
+
+    def __init__(self, part: Path, folder: Path, size: int) -> None:
+        super().__init__(part, sync_files=True)
+        self._writing = partial(writing, folder, size)
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        with self._writing():
+            return super().write_data(*args, **kwargs)
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        with self._writing():
+            super().finish(*args, **kwargs)
+
+
+def _own_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors.values())
+
+
+@contextmanager
+def _said_by_one() -> Iterator[None]:
+    """What torch raises on all ranks holds the errors of each: a full disk is one sentence, from the first that met
+    it."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        for rank, (failure, _) in sorted(error.failures.items()):
+            if isinstance(failure, MachineFault):
+                raise failure if rank == ranks.rank() else ranks.PeerFailed(f"rank {rank}: {failure}") from error
+        raise
+
+
 def _finish(rest: dict[str, Any], part: Path, folder: Path) -> None:
     sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-    torch.save(rest | {"files": sizes}, part / REST)
-    sync(part / REST)
-    sync(part)
+    with writing(folder, 10**6):  # about
+        torch.save(rest | {"files": sizes}, part / REST)
+        sync(part / REST)
+        sync(part)
     put_in_place(folder, part)
 
 

@@ -24,14 +24,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from kimivl import signals
 from kimivl.config import Interrupted
 from kimivl.launch import find_place
 
 NOTHING, STOP, GO_ON_LATER = 0, 1, 2
 SIGNALS = {signal.SIGINT: STOP, signal.SIGTERM: STOP, signal.SIGUSR1: GO_ON_LATER, signal.SIGUSR2: GO_ON_LATER}
-NOT_BEGUN = "stopped before the first step; the same command starts again"
-STARTS_WITHOUT_A_STEP = 5
-"""A job that was put back into the queue so often in a row without making a step has too little time: it stops."""
+NOT_BEGUN = "before the first step; the same command starts again"
+REQUEUES_WITHOUT_A_STEP = 5
+"""A job that would go back into the queue for the fifth time in a row without a step has too little time: it stops."""
+REQUEUES = "requeues.json"
 _WORD = "stop"
 _IN_BETWEEN = "left in between"
 
@@ -50,7 +52,7 @@ class _Listener:
         self.asked = self.asked or SIGNALS[signal.Signals(number)]
         if again:
             self.at_once = None
-            raise Interrupted("stopped at once, without saving; the same command goes on from the last checkpoint")
+            raise Interrupted("at once, without saving; the same command goes on from the last checkpoint")
         if self.at_once is not None:
             message, self.at_once = self.at_once, None
             self.tell()
@@ -83,7 +85,9 @@ def listening(output_dir: Path) -> Iterator[None]:
     _listener = _Listener()
     _listener.previous = {number: signal.signal(number, _listener.receive) for number in SIGNALS}
     try:
+        signals.release()
         yield
+        (output_dir / REQUEUES).unlink(missing_ok=True)
     except Interrupted as interrupted:
         _listener.at_once = None
         _leave(interrupted, output_dir)
@@ -155,7 +159,7 @@ def told_apart() -> Iterator[None]:
             _listener.asked = _listener.asked or int(ranks.posted(_WORD) or NOTHING)
         if isinstance(error, Interrupted) or not asked() or ranks.world_size() == 1:
             raise
-        raise Interrupted(f"stopped with the other ranks ({error}); the same command goes on") from error
+        raise Interrupted(f"with the other ranks ({error}); the same command goes on") from error
 
 
 # What SLURM is told.
@@ -189,13 +193,10 @@ def _is_preempted(job: str) -> bool:
 
 
 def _requeue(job: str, output_dir: Path) -> bool:
-    file = output_dir / "starts_without_a_step.json"
-    starts = 0 if _listener.advanced else 1 + (json.loads(file.read_text()) if file.is_file() else 0)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{starts}\n")
-    if starts >= STARTS_WITHOUT_A_STEP:
+    file = output_dir / REQUEUES
+    if (times := _times_without_a_step(file)) >= REQUEUES_WITHOUT_A_STEP:
         print(
-            f"\nnot requeued: interrupted before its first step {starts} times in a row; give the job more time "
+            f"\nnot requeued: interrupted {times} times in a row without making a step; give the job more time "
             f"(hydra.launcher.timeout_min, or sbatch --time), and remove {file}",
             file=sys.stderr,
         )
@@ -205,6 +206,17 @@ def _requeue(job: str, output_dir: Path) -> bool:
     if done.returncode and "pending" not in done.stderr:
         print(f"SLURM did not requeue it: {done.stderr.strip()}; submit the same command again", file=sys.stderr)
     return not done.returncode or "pending" in done.stderr
+
+
+def _times_without_a_step(file: Path) -> int:
+    """How often in a row, this time included; kept in ``file`` for the process that comes next."""
+    if _listener.advanced:
+        file.unlink(missing_ok=True)
+        return 0
+    times = 1 + (json.loads(file.read_text())["without_a_step"] if file.is_file() else 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"without_a_step": times}) + "\n")
+    return times
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +19,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from kimivl import signals
+
 Launcher = Literal["process", "torchrun", "submitit", "srun"]
 
 _SPECIAL_STEPS = 0xFFFFFFF0
 """From here on the numbers of SLURM's own steps: batch script, interactive shell."""
+
+
+ENDS_WITHIN, STOPS_WITHIN = 50, 180
+"""Seconds that a process of several has to end, once it has failed; and once it was stopped, when it may have to wait
+for SLURM to put it back into the queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +202,7 @@ def _check_tasks(place: Place, devices: int, nodes: int) -> None:
 
 def _become_ranks(devices: int) -> None:
     spawn = str(Path(__file__).with_name("spawn.py"))
+    signals.hold()  # the new program has no handlers at first
     sys.stdout.flush()
     sys.stderr.flush()
     # -P: the folder of this file must not come before the standard library.
@@ -219,15 +229,37 @@ def joined(place: Place, accelerator: Any, timeout: timedelta) -> Iterator[None]
         torch.cuda.set_device(place.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timeout, **_rendezvous(place, timeout))
-    failed = True
     try:
         yield
-        failed = False
+        dist.destroy_process_group()
+    except BaseException as error:
+        _abandon(ENDS_WITHIN if isinstance(error, Exception) else STOPS_WITHIN)
+        raise
     finally:
-        if backend == "gloo" or not failed:  # NCCL would wait for ranks that are gone
-            dist.destroy_process_group()
         for name, value in before.items():  # a later run in this process is not of this group
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _abandon(seconds: int) -> None:
+    """Leave a process group whose collectives may never end: the other ranks may be gone, or wait in others.
+
+    To destroy it would wait for them, and so does the end of the process: the threads of gloo and the kernels of NCCL
+    are joined there, where no code of Python runs any more. NCCL's can be aborted. For the rest an alarm is set, which
+    ends a process that has not ended in ``seconds``, whatever it waits for.
+    """
+    import torch
+    import torch.distributed as dist
+
+    signal.alarm(seconds)
+
+    def abort() -> None:
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if "nccl" in dist.get_backend_config(group):
+                group._get_backend(torch.device("cuda")).abort()
+
+    thread = threading.Thread(target=abort, name="abort", daemon=True)
+    thread.start()
+    thread.join(10)
 
 
 def _rendezvous(place: Place, timeout: timedelta) -> dict[str, Any]:

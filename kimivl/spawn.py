@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         ranks = Ranks([_start(command, rank, devices, listener) for rank in range(devices)])
     for number in SIGNALS:
         signal.signal(number, ranks.pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the ranks hold theirs back until they listen, too
     return ranks.wait()
 
 

@@ -1,6 +1,5 @@
 """Runs a function in several real processes that form a gloo group, as the ranks of a run do."""
 
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -11,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fork_server import SERVER
 
 from kimivl.launch import find_place, joined
-
-# Its children find everything imported: a group starts in a second instead of ten.
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["kimivl.run", "in_ranks"])
 
 
 def in_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, timeout: float = 120) -> list[Any]:
@@ -26,7 +22,7 @@ def in_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, time
         port = free.getsockname()[1]
         free.close()
         started = [
-            _server.Process(target=_rank, args=(rank, ranks, port, Path(folder), function, arguments), daemon=True)
+            SERVER.Process(target=_rank, args=(rank, ranks, port, Path(folder), function, arguments), daemon=True)
             for rank in range(ranks)
         ]
         for process in started:

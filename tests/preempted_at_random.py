@@ -2,133 +2,204 @@
 
     python tests/preempted_at_random.py --runs 20 --tasks 1 --seed 1
 
-All runs at work are preempted together, wherever they are then: in imports, in a step, a save or an evaluation.
+The moments fall evenly on the parts of a run: imports, set-up, steps, validation, saving, export and test. Each run has
+a node of its own, is preempted once in ``--times`` parts, and made to start again at once.
 """
 
 import argparse
+import json
 import random
 import re
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from command import ROOT, history, train
-from slurm_cluster import CPUS, SETTLE_S, Cluster, short
+from parts_of_a_run import PARTS
+from slurm_cluster import SETTLE_S, Cluster, short
 
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+Entered = tuple[str, float, float]
+"""A part, when it began, and the CPU seconds that the process had taken by then."""
+
+
+@dataclass
+class Moment:
+    """``share`` of the way through ``part``."""
+
+    part: str
+    share: float
 
 
 @dataclass
 class Run:
+    """A job, its life since it was started last, and the moments at which it is still to be preempted."""
+
     folder: Path
+    node: str
+    moments: list[Moment]
     job: str = ""
     state: str = "NEW"
     restarts: int = 0
-    started: float = 0.0
+    began: float = 0.0
     waits_since: float = 0.0
-    lines: int = 0
-    to_first_step: list[float] = field(default_factory=list)
+    asked: bool = False
+    met: list[str] = field(default_factory=list)
+    starts: list[tuple[float, float]] = field(default_factory=list)
 
     def log(self) -> str:
         file = self.folder / "log"
         return file.read_text() if file.exists() else ""
 
-    def steps(self) -> int:
-        file = self.folder / "run/history.jsonl"
-        return file.read_text().count("train/loss") if file.exists() else 0
-
-    def follow(self, nodes: Cluster) -> None:
-        """Look at the job; send it on when it waits; note when it makes its first step again."""
+    def follow(self, nodes: Cluster, lengths: dict[str, float]) -> None:
+        """Look at the job; preempt it when its moment has come; send it on when it waits."""
         known = nodes.job(self.job)
         state, restarts = known["JobState"], int(known["Restarts"])
         if state == "PENDING" and restarts > self.restarts:
-            self.restarts, self.lines, self.waits_since = restarts, self.steps(), time.monotonic()
-        if state == "PENDING" and self.waits_since and time.monotonic() > self.waits_since + SETTLE_S:
+            self.restarts, self.waits_since = restarts, time.time()
+        if state == "PENDING" and self.waits_since and time.time() > self.waits_since + SETTLE_S:
             nodes.run("scontrol", "update", f"jobid={self.job}", "StartTime=now")
             self.waits_since = 0.0
         if state == "RUNNING" and self.state != "RUNNING":
-            self.started = time.monotonic()
-        if state == "RUNNING" and self.started and self.restarts and self.steps() > self.lines:
-            self.to_first_step.append(time.monotonic() - self.started)
-            self.started = 0.0
+            self.began, self.asked = time.time(), False
         self.state = state
+        if state == "RUNNING" and self.moments and not self.asked and self._has_come(self.moments[0], lengths):
+            nodes.preempt(0.1, self.node)
+            self.met.append(self.moments.pop(0).part)
+            self.asked = True
+
+    def life(self) -> list[Entered]:
+        """The parts that the job has come to since it was started last."""
+        return [entered for entered in entered_in(self.folder / "parts") if entered[1] >= self.began]
+
+    def _has_come(self, moment: Moment, lengths: dict[str, float]) -> bool:
+        begins = [self.began] if moment.part == "import" else [at for part, at, _ in self.life() if part == moment.part]
+        return bool(begins) and time.time() >= begins[0] + moment.share * lengths[moment.part]
 
 
-def submit(nodes: Cluster, root: Path, folder: Path, tasks: int) -> Run:
-    folder.mkdir()
-    words = " ".join(
-        f"'{word}'" for word in (*short(root), f"trainer.devices={tasks}", f"paths.output_dir={folder}/run")
-    )
-    script = folder / "job.sh"
-    script.write_text(f"#!/bin/bash\nsrun --kill-on-bad-exit=1 {sys.executable} train.py {words}\n")
-    own = [f"--output={folder}/log", "--open-mode=append", "--requeue", "--signal=USR2@30", f"--chdir={ROOT}"]
+def entered_in(file: Path) -> list[Entered]:
+    rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return [(part, float(at), float(cpu)) for part, at, cpu in rows]
+
+
+def words(root: Path, folder: Path, tasks: int, seconds: float) -> list[str]:
+    parts = [
+        "+callbacks.parts._target_=parts_of_a_run.Parts",
+        f"+callbacks.parts.file={folder}/parts",
+        f"+callbacks.parts.seconds={seconds}",
+    ]
+    return [*short(root), "test=true", f"trainer.devices={tasks}", f"paths.output_dir={folder}/run", *parts]
+
+
+def submit(nodes: Cluster, run: Run, root: Path, tasks: int, seconds: float) -> None:
+    run.folder.mkdir()
+    typed = " ".join(f"'{word}'" for word in words(root, run.folder, tasks, seconds))
+    script = run.folder / "job.sh"
+    script.write_text(f"#!/bin/bash\nsrun --kill-on-bad-exit=1 {sys.executable} train.py {typed}\n")
+    own = [f"--output={run.folder}/log", "--open-mode=append", "--requeue", "--signal=USR2@30", f"--chdir={ROOT}"]
     environment = {"PYTHONPATH": str(ROOT / "tests"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    job = nodes.run("sbatch", "--parsable", f"--ntasks-per-node={tasks}", *own, str(script), **environment)
-    return Run(folder, job)
+    where = [f"--nodelist={run.node}", "--nodes=1", f"--ntasks-per-node={tasks}"]
+    run.job = nodes.run("sbatch", "--parsable", *where, *own, str(script), **environment)
 
 
-def equal(run: Path, whole: Path) -> bool:
-    """Whether every figure of training and validation, and the model, are the same to the bit."""
-    names = ("train/loss", "train/grad_norm", "val/accuracy")
-    curves = all(history(run, name) == history(whole, name) != {} for name in names)
-    files = sorted((whole / "model").glob("*.safetensors"))
-    return curves and all((run / "model" / file.name).read_bytes() == file.read_bytes() for file in files)
+def differences(run: Path, whole: Path) -> list[str]:
+    """Which figures of training, validation and test, and which files of the model, are not the same to the bit."""
+    ends = [json.loads((folder / "metrics.json").read_text()) for folder in (run, whole)]
+    found = {name for end in ends for name in end if name.startswith(("val/", "test/"))}
+    names = sorted(name for name in found if ends[0].get(name) != ends[1].get(name))
+    for name in ("train/loss", "train/grad_norm", "val/accuracy"):
+        if not history(run, name) or history(run, name) != history(whole, name):
+            names.append(f"history of {name}")
+    for file in sorted((whole / "model").glob("*.safetensors")):
+        if (run / "model" / file.name).read_bytes() != file.read_bytes():
+            names.append(file.name)
+    return names
 
 
-def preempt_at_random(
-    nodes: Cluster, root: Path, count: int, tasks: int, seed: int, span: float, limit: float
-) -> list[Run]:
-    """``count`` runs, as many at a time as there is room for, preempted within ``span`` seconds of each other; ends
-    after ``limit`` seconds whatever has become of them.
+def moments(draw: random.Random, parts: list[str], times: int) -> Iterator[list[Moment]]:
+    """``times`` moments in the order in which a run comes to them; over all runs, each part equally often."""
+    left: list[str] = []
+    while True:
+        chosen: list[str] = []
+        while len(chosen) < times:
+            left = left or draw.sample(parts, len(parts))
+            chosen.append(left.pop())
+        yield [Moment(part, draw.random()) for part in sorted(chosen, key=PARTS.index)]
 
-    It goes on until each run was preempted, or has ended.
-    """
-    draw = random.Random(seed)
-    waiting = [root / f"run-{number}" for number in range(count)]
+
+def preempt_at_random(nodes: Cluster, root: Path, lengths: dict[str, float], given: argparse.Namespace) -> list[Run]:
+    """The runs, one at a time on each node; ends after ``given.limit`` seconds whatever has become of them."""
+    drawn = moments(random.Random(given.seed), given.parts, given.times)
     runs: list[Run] = []
-    end, following = time.monotonic() + limit, time.monotonic() + draw.uniform(1, span)
+    end = time.monotonic() + given.limit
     while time.monotonic() < end:
-        open_runs = [run for run in runs if run.state not in ENDED]
-        if not open_runs and not waiting:
+        busy = [run for run in runs if run.state not in ENDED]
+        for node in sorted(set(nodes.nodes) - {run.node for run in busy}):
+            if len(runs) < given.runs:
+                runs.append(Run(root / f"run-{len(runs)}", node, next(drawn)))
+                submit(nodes, runs[-1], root, given.tasks, given.seconds)
+        for run in busy:
+            life = run.life()
+            run.follow(nodes, lengths)
+            if run.restarts and len(run.starts) < run.restarts and any(part == "steps" for part, _, _ in life):
+                _, at, cpu = next(entered for entered in life if entered[0] == "steps")
+                run.starts.append((at - run.began, cpu))
+        if len(runs) == given.runs and all(run.state in ENDED for run in runs):
             break
-        if waiting and (len(open_runs) + 1) * tasks <= CPUS:
-            runs.append(submit(nodes, root, waiting.pop(0), tasks))
-        for run in open_runs:
-            run.follow(nodes)
-        if time.monotonic() > following and any(not run.restarts for run in open_runs):
-            nodes.preempt(0.1)
-            following = time.monotonic() + draw.uniform(5, span)
         time.sleep(0.2)
     return runs
+
+
+def measure(root: Path, tasks: int, seconds: float) -> dict[str, float]:
+    """How long each part of an uninterrupted run lasts, whose folder is ``root/whole/run``."""
+    began = time.time()
+    (root / "whole").mkdir()
+    train(*words(root, root / "whole", tasks, seconds))
+    entered = [("import", began, 0.0), *entered_in(root / "whole/parts"), ("end", time.time(), 0.0)]
+    lengths = dict.fromkeys(PARTS, 0.0)
+    for (part, at, _), (_, until, _) in zip(entered, entered[1:], strict=False):
+        lengths[part] += until - at
+    return lengths | {"saving": seconds, "test": seconds, "export": seconds}  # which are followed by other things
+
+
+def report(runs: list[Run], whole: Path, complaints: str) -> None:
+    unequal = 0
+    for run in runs:
+        unlike = differences(run.folder / "run", whole) if run.state == "COMPLETED" else ["no end"]
+        unequal += bool(unlike)
+        where = f"preempted in {' and '.join(run.met) or 'nothing'}, requeued {run.restarts} times"
+        print(f"{run.job}: {run.state}, {where}:", "NOT EQUAL: " + ", ".join(unlike) if unlike else "equal")
+        if run.state != "COMPLETED":
+            print(run.log()[-3000:], complaints, sep="\n")
+    said = Counter(place for run in runs for place in re.findall(r"stopped: (.*?)(?:; |\n)", run.log()))
+    print(f"{len(runs)} runs, {sum(run.restarts for run in runs)} preemptions, {unequal} unequal")
+    print("stopped: " + ", ".join(f"{count}x {place}" for place, count in sorted(said.items())))
+    for unit, number in (("s", 0), ("s of CPU time", 1)):
+        if taken := sorted(start[number] for run in runs for start in run.starts):
+            print(f"start to first step: median {taken[len(taken) // 2]:.1f}, most {taken[-1]:.1f} {unit}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--times", type=int, default=1, help="how often each run is preempted")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tasks", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long each part of a run is made to last")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which to give up")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Cluster() as nodes:
+    with tempfile.TemporaryDirectory() as folder, Cluster(given.nodes) as nodes:
         root = Path(folder)
-        began = time.monotonic()
-        train(*short(root), f"trainer.devices={given.tasks}", f"paths.output_dir={root}/whole")
-        span = 0.8 * (time.monotonic() - began)
-        began = time.monotonic()
-        runs = preempt_at_random(nodes, root, given.runs, given.tasks, given.seed, span, given.limit)
-        places = [place for run in runs for place in re.findall(r"stopped: (.*?);", run.log())]
-        for run in runs:
-            same = run.state == "COMPLETED" and equal(run.folder / "run", root / "whole")
-            print(f"{run.job}: {run.state}, preempted {run.restarts} times, {'equal' if same else 'NOT EQUAL'}")
-            if not same:
-                print(run.log()[-3000:], nodes.complaints(), sep="\n")
-        seconds = sorted(second for run in runs for second in run.to_first_step)
-        print(f"{len(runs)} runs, {sum(run.restarts for run in runs)} preemptions, {time.monotonic() - began:.0f} s")
-        print("stopped: " + ", ".join(f"{places.count(place)}x {place}" for place in sorted(set(places))))
-        if seconds:
-            print(f"start to first step: median {seconds[len(seconds) // 2]:.1f} s, most {seconds[-1]:.1f} s")
+        lengths = measure(root, given.tasks, given.seconds)
+        print("an uninterrupted run: " + ", ".join(f"{part} {second:.1f} s" for part, second in lengths.items()))
+        runs = preempt_at_random(nodes, root, lengths, given)
+        report(runs, root / "whole/run", nodes.complaints())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: munged, slurmctld and one slurmd, in a folder and on ports of its own."""
+"""A real SLURM on this machine: munged, slurmctld and a slurmd for each node, in a folder and on ports of its own."""
 
 import ctypes
 import fcntl
@@ -19,24 +19,25 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 CPUS = 4
 GRACE = 60
 """Seconds that a preempted job has to end by itself."""
-SETTLE_S = 4.0
-"""Seconds after which a requeued job may start: before, its node may still know it as the job that it just ended."""
+SETTLE_S = 2.0
+"""Seconds after which a requeued job may start. SLURM counts in seconds when it takes a job's credential back: one that
+starts again within the same second is refused ("Job credential revoked"), and fails with an empty log."""
 
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -53,9 +54,9 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=1000
-PartitionName=low Nodes=n1 Default=YES PriorityTier=1 GraceTime={grace} MaxTime=INFINITE
-PartitionName=high Nodes=n1 PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
+{nodes}
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace} MaxTime=INFINITE
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
 """
 
 
@@ -64,9 +65,10 @@ class Missing(Exception):
 
 
 class Cluster:
-    """``with Cluster() as cluster``: commands run with ``cluster.environment``."""
+    """``with Cluster() as cluster``: commands run with ``cluster.environment``. Its nodes are n1, n2, ..."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: int = 1) -> None:
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self._stack = ExitStack()
         self.folder: Path
         self.environment: dict[str, str] = {}
@@ -87,16 +89,20 @@ class Cluster:
         self._stack.close()
 
     def _write_conf(self) -> None:
+        host, (control, *ports) = socket.gethostname().split(".")[0], free_ports(1 + len(self.nodes))
+        nodes = [
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} RealMemory=1000"
+            for node, port in zip(self.nodes, ports, strict=True)
+        ]
         settings = {
-            "host": socket.gethostname().split(".")[0],
+            "host": host,
             "user": getpass.getuser(),
             "folder": self.folder,
-            "ports": free_ports(2),
-            "cpus": CPUS,
+            "port": control,
+            "nodes": "\n".join(nodes),
             "grace": GRACE,
         }
-        for name in ("state", "spool"):
-            (self.folder / name).mkdir()
+        (self.folder / "state").mkdir()
         (self.folder / "slurm.conf").write_text(CONF.format(**settings))
         if slurm_version() >= (23, 11):  # before it neither knew the word nor looked for cgroups
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
@@ -112,11 +118,13 @@ class Cluster:
         self._start(stack, "munged", "--foreground", "--force", *own)
         wait_for(lambda: (at / "munge.socket").exists(), lambda: "munged", 10)
         self._start(stack, "slurmctld", "-D", "-c")
-        self._start(stack, "slurmd", "-D", "-N", "n1")
-        wait_for(lambda: "idle" in self.try_run("sinfo", "-h", "-o", "%T"), lambda: "the node", 30)
+        for node in self.nodes:
+            self._start(stack, "slurmd", "-D", "-N", node)
+        idle = ["idle"] * len(self.nodes)
+        wait_for(lambda: self.try_run("sinfo", "-hN", "-p", "low", "-o", "%T").split() == idle, lambda: "the nodes", 30)
 
     def _start(self, stack: ExitStack, *command: str) -> None:
-        log = stack.enter_context((self.folder / f"{command[0]}.out").open("w"))
+        log = stack.enter_context((self.folder / f"{command[0]}.out").open("a"))
         program = find(command[0])
         assert program is not None
         daemon = subprocess.Popen(
@@ -174,14 +182,18 @@ class Cluster:
 
     def complaints(self) -> str:
         """What the daemons call errors."""
-        logs = [self.folder / f"{daemon}.log" for daemon in ("slurmctld", "slurmd")]
-        return "\n".join(line for log in logs for line in log.read_text().splitlines() if "error" in line)
+        logs = [self.folder / "slurmctld.log", *self.folder.glob("slurmd-*.log")]
+        lines = [line for log in logs for line in log.read_text().splitlines()]
+        return "\n".join(line for line in lines if "error" in line and not _AT_EACH_START.search(line))
 
-    def preempt(self, seconds: float = 1) -> str:
+    def preempt(self, seconds: float = 1, node: str = "n1") -> str:
         """A job of higher priority that needs the whole node; its number."""
-        return self.run(
-            "sbatch", "--parsable", "--partition=high", f"--ntasks={CPUS}", "-o/dev/null", f"--wrap=sleep {seconds}"
-        )
+        needs = ["--partition=high", "--nodes=1", f"--nodelist={node}", f"--ntasks={CPUS}"]
+        return self.run("sbatch", "--parsable", *needs, "-o/dev/null", f"--wrap=sleep {seconds}")
+
+
+_AT_EACH_START = re.compile("pmi|MPI|state file|state save file|Domain socket|hwloc")
+"""Of what the daemons call errors: what they say whenever they begin with nothing."""
 
 
 def short(root: Path) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from hydra.utils import instantiate
@@ -15,6 +16,7 @@ from omegaconf import open_dict
 
 from kimivl import ranks
 from kimivl.callbacks import CheckpointFiles
+from kimivl.checkpoint import build_model
 from kimivl.config import compose_run
 from kimivl.data.loader import PackMaker
 from kimivl.data.sample import SampleError
@@ -22,13 +24,15 @@ from kimivl.data.sample import SampleError
 
 @dataclass(frozen=True)
 class Case:
-    """``packs`` of a step are dealt to the ranks. ``unreadable``: numbers of packs whose samples all are holes."""
+    """``packs`` of a step are dealt to the ranks. ``unreadable``: numbers of packs whose samples all are holes.
+    ``double``: in float64, where what remains of a difference is no rounding."""
 
     stage: str
     overrides: Sequence[str] = ()
     packs: int = 2
     lr: float = 0.1
     unreadable: Sequence[int] = ()
+    double: bool = False
 
 
 @dataclass
@@ -99,6 +103,7 @@ def small_fit(
         accumulate_grad_batches=case.packs // world,
         devices=world,
         accelerator="cpu",
+        precision=cfg.trainer.precision,
         strategy="auto" if cfg.trainer.strategy == "auto" else instantiate(cfg.trainer.strategy),
         plugins=[
             LightningEnvironment() if world == 1 else TorchElasticEnvironment(),
@@ -114,7 +119,11 @@ def small_fit(
         enable_model_summary=False,
         default_root_dir=out,
     )
-    with _unreadable(case.unreadable):
+
+    def build(*of: Any) -> Any:
+        return build_model(*of).double() if case.double else build_model(*of)
+
+    with _unreadable(case.unreadable), patch("kimivl.stages.base.build_model", build):
         trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
     look.seen.weights = {name: _whole(weight) for name, weight in module.model.state_dict().items()}
     return look.seen

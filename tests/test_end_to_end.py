@@ -314,7 +314,8 @@ def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root,
         (["-m", "stage=rl"], "make it with: python train.py stage=long_cot"),
         (["stage=sft", "reward.length.weight=-1"], "error: reward.length needs weight >= 0"),
         (["stage=sft", "experiment=kimi_vl_a3b", "trainer=cpu"], "error: data.processor is null"),
-        (["stage=sft", "trainer.devices=2"], "a run trains on one device for now"),
+        (["stage=sft", "trainer.devices=2", "trainer.num_nodes=2"], "one process cannot start ranks on other nodes"),
+        (["-m", "stage=sft", "trainer.devices=2"], "in a multirun: its jobs need a launcher that starts their ranks"),
         (["stage=sft", "data.prepare=null"], "data/digits/tokenizer: there is no such folder"),
         (["stage=sft", MINIATURE, "data.shards=/nowhere/x-*.tar"], "/nowhere/x-*.tar"),
         (["stage=sft", MINIATURE, "data.shards=[]"], "data.shards"),
@@ -331,8 +332,9 @@ def test_an_unfinished_run_typed_again_goes_on_but_not_with_other_settings(root,
         (["stage=sft", MINIATURE, "kernels.attention=flex"], "error: kernels.attention=flex has no gradients on a CPU"),
     ],
 )
-def test_bad_input_is_one_clear_sentence(tmp_path, overrides, message):
-    done = train(*overrides, f"paths.root={tmp_path}", check=False)
+def test_bad_input_is_one_clear_sentence(root, tmp_path, overrides, message):
+    data = [f"paths.data={root}/data/miniature"] if MINIATURE in overrides else []
+    done = train(*overrides, *data, f"paths.root={tmp_path}", check=False)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr

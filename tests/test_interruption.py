@@ -11,7 +11,7 @@ from command import ROOT
 
 from kimivl import interruption
 from kimivl.config import Interrupted
-from kimivl.interruption import NOT_BEGUN, STARTS_WITHOUT_A_STEP, listening
+from kimivl.interruption import NOT_BEGUN, REQUEUES, REQUEUES_WITHOUT_A_STEP, listening
 
 RUNNING = "JobId=7 JobState=RUNNING PreemptTime=None"
 PREEMPTED = "JobId=7 JobState=RUNNING PreemptTime=2026-01-01T00:00:00"
@@ -86,14 +86,17 @@ def test_only_the_first_rank_requeues(slurm, tmp_path, monkeypatch):
 
 
 def test_a_job_that_never_makes_a_step_does_not_go_round_for_ever(slurm, tmp_path, capsys):
-    for _ in range(STARTS_WITHOUT_A_STEP - 1):
+    for _ in range(REQUEUES_WITHOUT_A_STEP - 1):
         assert stopped(tmp_path, signal.SIGUSR2).requeued
     assert stopped(tmp_path, signal.SIGUSR2, advanced=True).requeued  # it has got on: the count begins anew
-    for _ in range(STARTS_WITHOUT_A_STEP - 1):
+    for _ in range(REQUEUES_WITHOUT_A_STEP - 1):
         assert stopped(tmp_path, signal.SIGUSR2).requeued
     assert not stopped(tmp_path, signal.SIGUSR2).requeued
-    assert f"interrupted before its first step {STARTS_WITHOUT_A_STEP} times in a row" in capsys.readouterr().err
-    assert len(told(tmp_path)) == 2 * STARTS_WITHOUT_A_STEP - 1
+    assert f"interrupted {REQUEUES_WITHOUT_A_STEP} times in a row without making a step" in capsys.readouterr().err
+    assert len(told(tmp_path)) == 2 * REQUEUES_WITHOUT_A_STEP - 1
+    with listening(tmp_path):
+        pass
+    assert not (tmp_path / REQUEUES).exists()  # the run is done
 
 
 def test_a_controller_that_refuses_is_reported(slurm, tmp_path, capsys):
@@ -124,6 +127,34 @@ def test_work_that_a_signal_ends_is_left_alone(tmp_path):
         interruption.until_asked(work)
         interruption.until_asked(work)
         assert done == ["begun"] and interruption.agreed()
+
+
+def test_a_signal_before_the_run_listens(tmp_path):
+    """It comes while Hydra is imported, and would end a process that has no handler yet."""
+    code = (
+        "import os, runpy, signal, sys\n"
+        "def told(event, arguments):\n"
+        "    if event == 'import' and arguments[0] == 'hydra':\n"
+        "        os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "sys.addaudithook(told)\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, "stage=sft", "debug=miniature", f"paths.root={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and NOT_BEGUN in done.stderr, done.stderr
+
+
+def test_a_signal_after_the_run_changes_nothing(tmp_path):
+    """Interpreters take a while to end, and SLURM would run a job again, or call it failed, that is done."""
+    code = (
+        "import atexit, os, runpy, signal, sys, types\n"
+        "sys.modules['kimivl.run'] = types.SimpleNamespace(run=lambda cfg: 0.5)\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGUSR2)\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, "stage=sft", "debug=miniature", f"paths.root={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_signal_while_torch_is_imported(tmp_path):

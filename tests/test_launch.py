@@ -1,6 +1,10 @@
 """Who started this process, and what is refused."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -167,3 +171,36 @@ def test_a_multirun_of_ranks_is_refused_before_its_first_job(environ, capsys):
     with pytest.raises(SystemExit, match="2"):
         Beforehand().on_multirun_start(None)
     assert capsys.readouterr().err == ""
+
+
+ABANDONED = """
+import sys, torch, torch.distributed as dist
+from datetime import timedelta
+from kimivl import launch
+
+launch.ENDS_WITHIN = 2
+with launch.joined(launch.find_place(), "cpu", timedelta(minutes=10)):
+    dist.barrier()
+    work = dist.broadcast(torch.ones(1), 1 - dist.get_rank(), async_op=True)
+    raise RuntimeError("the camera is broken")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_fail_while_each_waits_for_the_other_end_all_the_same():
+    """Each is to receive from the other, in a thread that the end of a process waits for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ABANDONED],
+            env=os.environ | own | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for rank in ranks:
+        assert "the camera is broken" in rank.communicate(timeout=120)[1]
+        assert rank.returncode == -signal.SIGALRM

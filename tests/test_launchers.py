@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 from command import ROOT
+from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobStatus
 
 from hydra_plugins import kimivl_launchers
 from hydra_plugins.kimivl_launchers import LocalLauncher, SlurmLauncher
+from kimivl.config import register
 
 
 @pytest.fixture
@@ -81,6 +83,19 @@ def test_gpus_are_dealt_to_the_jobs(monkeypatch):
     local = launcher(LocalLauncher, gpus_per_node=2)
     assert local._places() == [[1, 2], [4, 5]]
     assert launcher(LocalLauncher, gpus_per_node=2, array_parallelism=1)._places() == [[1, 2]]
+
+
+def test_what_a_cluster_always_wants_is_said_once(tmp_path):
+    """In conf/local/slurm.yaml, which only hydra/launcher=slurm reads, and the command line has the last word."""
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/slurm.yaml").write_text("partition: gpu\naccount: vision\n")
+    words = ["stage=sft", f"hydra.searchpath=[file://{tmp_path}]", "hydra.launcher.account=mine"]
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        slurm = compose("train", ["hydra/launcher=slurm", *words], return_hydra_config=True).hydra.launcher
+        local = compose("train", ["hydra/launcher=local", *words[:2]], return_hydra_config=True).hydra.launcher
+    assert (slurm.partition, slurm.account, slurm.timeout_min) == ("gpu", "mine", 1440)
+    assert "partition" not in local
 
 
 @pytest.mark.parametrize(("kind", "gpus"), [("gpu", 2), ("cpu", None)])

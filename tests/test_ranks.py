@@ -1,11 +1,14 @@
 """What ranks say to each other, on real processes."""
 
+import signal
 import time
+from pathlib import Path
 
 import pytest
 from in_ranks import in_ranks
 
-from kimivl import ranks
+from kimivl import interruption, ranks
+from kimivl.interruption import listening
 
 
 def _exchange() -> dict:
@@ -74,6 +77,22 @@ def test_ranks_exchange_and_fail_together():
 )
 def test_what_all_have_to_say_is_said_by_one(run, elsewhere):
     assert in_ranks(run) == elsewhere
+
+
+def _signalled(folder: Path, where: int) -> list[bool]:
+    with listening(folder):
+        interruption.wait_for_a_step()
+        before = interruption.agreed()
+        if ranks.rank() == where:
+            signal.raise_signal(signal.SIGUSR2)
+        alone = interruption.asked()
+        return [before, alone, interruption.agreed(), interruption.asked()]
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_signal_to_one_rank_is_one_to_all_at_the_next_step(tmp_path, where):
+    found = in_ranks(_signalled, tmp_path, where)
+    assert found[where] == [False, True, True, True] and found[1 - where] == [False, False, True, True]
 
 
 def test_one_process_is_all_ranks():

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kimivl import spawn
+from kimivl import signals, spawn
 
 PREAMBLE = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
@@ -19,11 +20,11 @@ PREAMBLE = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 def start(tmp_path):
     """Start ranks that run a script; ``files`` are in the folder they run in."""
 
-    def started(script: str, ranks: int = 2) -> subprocess.Popen:
+    def started(script: str, ranks: int = 2, begins: Callable[[], None] | None = None) -> subprocess.Popen:
         (tmp_path / "script.py").write_text(PREAMBLE + textwrap.dedent(script))
         command = [sys.executable, "-P", spawn.__file__, str(ranks), "script.py", "word"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+        return subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=begins, **pipes)
 
     return started
 
@@ -55,6 +56,20 @@ def test_ranks_have_torchruns_variables_and_rank_0_the_socket(start):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
     assert sorted(out.splitlines()) == ["0 0 2 2 0 127.0.0.1 word", "1 1 2 2 0 127.0.0.1 word"]
+
+
+def test_a_signal_before_there_are_ranks_waits_for_them(start):
+    process = start(
+        """
+        signal.signal(signal.SIGUSR2, lambda *_: sys.exit(3))
+        time.sleep(0.2)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+        time.sleep(20)
+        """,
+        begins=signals.hold,
+    )
+    process.send_signal(signal.SIGUSR2)
+    assert (process.wait(30), process.communicate()[1]) == (3, "")
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])

@@ -25,7 +25,7 @@ SHOWN = 3
 class NonFinite(Callback):
     """Looks at the loss of each pack and at the gradient norm of each step, on all ranks together, before a parameter
     moves. In a step that is left out no parameter, no state of the optimiser and no router bias moves; learning rate,
-    counters and data go on. ``train/nonfinite_steps`` is logged with each: how many there were in the whole run.
+    counters and data go on. ``train/nonfinite_steps``, logged from the first one on, is how many there were in the run.
 
     The packs of such a step are saved as ``step-000012-rank0.pt`` by every rank that had a bad loss; where all losses
     were finite and only their gradient was not, by all ranks, with all packs of the step. Beside each pack stand its
@@ -105,11 +105,11 @@ class NonFinite(Callback):
         """
         losses, self._losses = self._losses, {}
         bad = self._agree(trainer, torch.stack([*losses.values()]), norm)
+        self.row, self.total = (self.row + 1, self.total + 1) if any(bad) else (0, self.total)
+        if self.total:
+            pl_module.log("train/nonfinite_steps", float(self.total), batch_size=1)
         if not any(bad):
-            self.row = 0
             return True
-        self.row, self.total = self.row + 1, self.total + 1
-        pl_module.log("train/nonfinite_steps", float(self.total), batch_size=1)
         self._losses = losses
         limit = self._limit()
         if limit is not None:

@@ -28,9 +28,11 @@ def shard(model: KimiVLForConditionalGeneration, mesh: Any) -> None:
     """Cut the parameters of every block, and what is left, along their first dimension over the ranks of ``mesh``.
 
     Training goes through ``model.target_log_probs`` or ``model(...)``: no other method gathers parameters. They are
-    gathered in the dtype that they have (autocast then works as on one device); gradients are summed in float32.
+    gathered in the dtype that they have (autocast then works as on one device); gradients are summed in float32,
+    those of a float64 model in float64.
     """
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    dtype = model.language_model.lm_head.weight.dtype
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
     for block in (*model.vision_tower.encoder.blocks, *model.language_model.model.layers):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ def read_sweep(folder: Path, metric: str | None = None, direction: Literal["max"
     configs = [read_json(run / RUN_FILE).get("config") or {} for run in runs]
     default = next((config["optimized_metric"] for config in configs if "optimized_metric" in config), None)
     name = metric or default or asked.get("optimized_metric") or "val/accuracy"
+    _check_metric(metric, runs)
     jobs = [_job(run, name) for run in runs]
     settings = (asked.get("hydra") or {}).get("sweeper") or {}
     search = "n_trials" in settings
@@ -133,11 +134,21 @@ def _check(folder: Path, runs: Sequence[Path], asked: Mapping[str, Any]) -> None
         raise ValueError(f"{folder}: no such folder; a sweep lies in outputs/NAME/sweeps")
     if runs == [folder]:
         raise ValueError(f"{folder} is a single run, not a sweep; give the folder above it, or try kimivl report")
-    inside = sorted(str(path.parent) for path in folder.glob(f"*/{MULTIRUN_FILE}"))
-    if not asked and inside:
-        raise ValueError(f"{folder} holds several sweeps; give one of: {', '.join(inside)}")
+    inside = [] if asked else sorted(str(path.parent) for path in folder.rglob(MULTIRUN_FILE))
+    if inside:
+        raise ValueError(f"{folder} is no sweep, but holds some; give one of: {', '.join(inside)}")
     if not asked and not runs:
         raise ValueError(f"{folder}: no sweep there; python train.py -m names its folder when it ends")
+
+
+def _check_metric(metric: str | None, runs: Sequence[Path]) -> None:
+    measured = {name for run in runs for name in read_json(run / METRICS_FILE)}
+    if metric is not None and measured and metric not in measured:
+        raise ValueError(f"--metric {metric}: no run has measured it; there is: {_spelled(measured)}")
+
+
+def _spelled(metrics: Iterable[str]) -> str:
+    return ", ".join(sorted(name for name in metrics if "difficulty" not in name)) or "nothing"
 
 
 def _job(folder: Path, metric: str) -> Job:
@@ -148,8 +159,8 @@ def _job(folder: Path, metric: str) -> Job:
     if status == "finished" and metrics:
         value = metrics.get(metric)
         if value is None:
-            there = ", ".join(sorted(name for name in metrics if "difficulty" not in name)) or "nothing"
-            return Job(folder, values, "finished", None, f"{metric} was not measured; there is: {there}", begun)
+            why = f"{metric} was not measured; there is: {_spelled(metrics)}"
+            return Job(folder, values, "finished", None, why, begun)
         if not math.isfinite(value):
             return Job(folder, values, "diverged", None, f"{metric} is {value}", begun)
         return Job(folder, values, "finished", float(value), "", begun)

@@ -15,7 +15,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from kimivl.sweep.command import begin, command_of
-from kimivl.sweep.launching import PointLauncher, reason_of
+from kimivl.sweep.launching import PointLauncher, check_ranks, reason_of
 from kimivl.sweep.points import folder_name
 
 
@@ -30,6 +30,7 @@ def run_grid(sweeper: Any, overrides: list[str]) -> list[list[JobReturn]]:
     """
     parsed = last_of_each_key(OverridesParser.create().parse_overrides(overrides))
     fixed = fixed_keys(parsed)
+    check_ranks(sweeper.launcher, sweeper.config, [one.get_key_element() for one in parsed if one.is_sweep_override()])
     batches = sweeper.split_arguments(parsed, sweeper.max_batch_size)
     launcher = PointLauncher(sweeper.launcher, sweeper.config, fixed)
     for batch in batches:

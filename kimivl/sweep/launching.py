@@ -15,6 +15,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from kimivl.config import RUN_FILE
+from kimivl.launch import check_launch
 from kimivl.sweep.points import finished_metric, folder_name, has_diverged, is_alive, note_failure, read_json
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,28 @@ class PointLauncher:
             return result
         log.info("%s has diverged, and counts as the worst there is: %s", folder.name, reason)
         return _returned(overrides, self.worst)
+
+
+def check_ranks(launcher: Any, config: DictConfig, swept: Sequence[str]) -> None:
+    """Refuse jobs that could not start their ranks, before the first one begins.
+
+    Args:
+        swept: the keys that vary.
+
+    Raises:
+        CompactHydraException: with what works instead.
+    """
+    for key in ("trainer.devices", "trainer.num_nodes"):
+        if key in swept:
+            raise CompactHydraException(
+                f"error: a sweep over {key}: all jobs of a sweep have the same tasks; type one sweep for each value, "
+                f"with {key}=2 hydra/launcher=local for example"
+            )
+    if isinstance(launcher, BasicLauncher):
+        try:
+            check_launch(config.trainer, multirun=True)
+        except ValueError as error:
+            raise CompactHydraException(f"error: {error}") from error
 
 
 def _returned(overrides: Sequence[str], value: float | None) -> JobReturn:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kimivl.config import METRICS_FILE, RUN_FILE
 from kimivl.sweep.command import begin
 from kimivl.sweep.grid import fixed_keys, last_of_each_key, stopped_by_hand
-from kimivl.sweep.launching import PointLauncher
+from kimivl.sweep.launching import PointLauncher, check_ranks
 from kimivl.sweep.points import first_difference, folder_name, read_json, spell
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def run_search(sweeper: Any, arguments: list[str]) -> None:
     space = sorted(one.get_key_element() for one in parsed if one.is_sweep_override())
     if not space and not sweeper.custom_search_space_extender:
         raise CompactHydraException("error: nothing to search; name a key, as in 'data.lr_scale=interval(0.1,10)'")
+    check_ranks(sweeper.launcher, sweeper.config, space)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it speaks of each table that it makes
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     [direction] = sweeper._get_directions()

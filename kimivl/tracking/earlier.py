@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import wandb
 from wandb.util import get_core_path
 
 from kimivl.config import HISTORY_FILE
 from kimivl.tracking.local import fresh
 from kimivl.tracking.names import STEP
+from kimivl.tracking.staged import Staged
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,10 @@ class Earlier:
                 if STEP in row and (known is None or row["_step"] < known or _is_offline(path)):
                     last |= {name: max(int(row[STEP]), last.get(name, -1)) for name in row}
         unsent = [(path, row) for path, rows in self.logs if not _is_offline(path) for row in rows if STEP in row]
+        staged = Staged()
         for step, row in [*_by_step(self.history), *_media(unsent)]:
             if new := fresh(row, step, last):
-                run.log(new | {STEP: step})
+                run.log({name: staged.value(name, value) for name, value in new.items()} | {STEP: step})
                 last |= dict.fromkeys(new, step)
         return last
 
@@ -72,7 +73,7 @@ class Earlier:
         unsent = [str(path.parent) for path in offline if not path.with_name(f"{path.name}.synced").exists()]
         if unsent:
             command = [sys.executable, "-m", "wandb", "sync", *unsent]
-            where = os.environ | {"WANDB_DIR": str(self.history.parent)}  # of its own log, else ./wandb
+            where = os.environ | {"WANDB_MODE": "online", "WANDB_DIR": str(self.history.parent)}  # of its own log
             done = subprocess.run(command, env=where, capture_output=True, text=True)
             if done.returncode or "ERROR" in done.stderr:  # it says 0 whatever happens
                 raise ValueError(f"wandb sync {' '.join(unsent)} failed: {' '.join(done.stderr.split())[-300:]}")
@@ -120,11 +121,12 @@ def _by_step(history: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _media(rows: Iterable[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What no ``history.jsonl`` holds: the tables and histograms of rows."""
+    """What no ``history.jsonl`` holds: histograms of rows, and tables as the files that they are in."""
     for path, row in rows:
         for name, value in row.items():
             if isinstance(value, dict):
-                yield int(row[STEP]), {name: _revived(value, path.parent / "files")}
+                is_table = value.get("_type") == "table-file"
+                yield int(row[STEP]), {name: path.parent / "files" / value["path"] if is_table else value}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -148,11 +150,3 @@ def _nested(item: dict[str, Any]) -> dict[str, Any]:
         else:
             row[outer] = value
     return row
-
-
-def _revived(value: Any, files: Path) -> Any:
-    """A value of a row as it was logged: tables are made of their files again, which hold no pictures."""
-    if value.get("_type") != "table-file":
-        return value
-    content = json.loads((files / value["path"]).read_text())
-    return wandb.Table(columns=content["columns"], data=content["data"])

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,12 +24,14 @@ from kimivl.tracking.earlier import Earlier
 from kimivl.tracking.folder import parent_of, read_run, run_id
 from kimivl.tracking.local import fresh
 from kimivl.tracking.media import Picture, Shows
+from kimivl.tracking.staged import staged_in
 
 log = logging.getLogger(__name__)
 
 Outcome = Literal["success", "interrupted", "failed"]
 GRACE = 3.0
 """Seconds beyond ``finish_timeout`` that W&B's client has to give up by itself."""
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 EXIT_CODES: dict[str, int] = {"success": 0, "failed": 1, "interrupted": 130}
 
 
@@ -65,6 +67,8 @@ class WandbRun(WandbLogger, Shows):
         finish_timeout: float = 120.0,
     ) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
+        if (mode := os.environ.get("WANDB_MODE")) not in (None, *MODES):
+            raise ValueError(f"WANDB_MODE={mode}: set it to one of {', '.join(MODES)}, or unset it")
         folder = Path(output_dir)
         super().__init__(
             name=folder.name,
@@ -89,6 +93,7 @@ class WandbRun(WandbLogger, Shows):
         self._mode = "offline"
         self._step: int | None = None
         self._row: dict[str, Any] = {}
+        self._held = ExitStack()
 
     # Its life.
 
@@ -101,6 +106,7 @@ class WandbRun(WandbLogger, Shows):
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(staged_in(self.folder))
         earlier = Earlier(self.folder, str(self._id))
         self._mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         self._experiment = self._init()
@@ -159,6 +165,7 @@ class WandbRun(WandbLogger, Shows):
                 wandb.teardown()
         finally:
             giving_up.cancel()
+            self._held.close()
 
     # What it logs.
 
@@ -218,11 +225,18 @@ def _end_service() -> None:
         connection._proc._process.kill()
 
 
+class _Unasked:
+    """In the place of W&B's public API, which a run uses for one thing: to be able to wait for an artifact."""
+
+    def _set_artifact_save_handle(self, artifact: Any, handle: Any) -> None:
+        pass
+
+
 def _never_wait(run: Any) -> None:
     """Before each table and artifact W&B's client asks the server about its type, and the first time about the key: a
-    server that has gone would hold training up by 20 s each. It is asked about the key now, and of no type."""
+    server that has gone would hold training up by 20 s each, or end the run. It is asked nothing."""
     run._assert_can_log_artifact = lambda artifact: None
-    run._public_api()
+    run._public_api = _Unasked
 
 
 def _define_metrics(run: Any) -> None:
@@ -263,15 +277,19 @@ def sync(folder: Path) -> int:
     project = next((logger["project"] for logger in loggers if "project" in logger), "kimivl")
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, finish_timeout_raises=True)
     try:
-        run = wandb.init(id=about["id"], resume="allow", dir=folder, project=project, settings=settings)
-        earlier.catch_up(run, online=True)
-        _log_models(run, folder, config)
-        rows = run.step - run.starting_step
-        run.finish(exit_code=0 if about["status"] == "finished" else 1)
+        with staged_in(folder):
+            run = wandb.init(
+                id=about["id"], resume="allow", dir=folder, project=project, settings=settings, mode="online"
+            )
+            earlier.catch_up(run, online=True)
+            _log_models(run, folder, config)
+            rows = run.step - run.starting_step
+            run.finish(exit_code=0 if about["status"] == "finished" else 1)
     except Exception as error:
         raise ValueError(f"W&B cannot be reached ({' '.join(str(error).split())[:300]}); try again later") from error
     offline = earlier.sync_offline()  # last: W&B has counted the rows of the others without them
-    print(f"{rows} rows that W&B did not have were sent in {time.perf_counter() - started:.0f} s")
+    if rows or not offline:
+        print(f"{rows} rows that W&B did not have were sent in {time.perf_counter() - started:.0f} s")
     if offline:
         print(f"sent with wandb sync: {offline}")
     return 0

@@ -39,7 +39,9 @@ def write_workspace(project: str, group: str | None) -> int:
         saved = make_workspace(entity, name, group).save()
         report = make_report(entity, name, group).save()
     except Exception as error:
-        raise ValueError(f"W&B did not save the workspace: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(
+            f"W&B did not save the workspace: {' '.join(str(error).split())[:300]}; try again later"
+        ) from error
     print(f"workspace: {saved.url}\nreport: {report.url}")
     return 0
 

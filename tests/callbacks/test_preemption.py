@@ -186,7 +186,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, capsys):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="stopped at once, without saving"):
+    with pytest.raises(Interrupted, match="at once, without saving"):
         start(tmp_path, {}, Impatient())
     assert "stopping when this step is done" in capsys.readouterr().err and not (tmp_path / "last.ckpt").exists()
 

@@ -22,7 +22,7 @@ LOSS, NORM = "train/loss", "train/grad_norm"
 
 def fault(what: str, step: int, rank: int = 0) -> list[str]:
     settings = {"_target_": "fault_at.FaultAt", "what": what, "step": step, "rank": rank}
-    return [f"+callbacks.fault.{name}={value}" for name, value in settings.items()]
+    return [f"+callbacks.{what}.{name}={value}" for name, value in settings.items()]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_memory_that_ran_out_is_got_on_with_by_checkpointed_activations(root, al
 def test_a_bad_loss_on_one_rank_is_left_out_on_both(root):
     run = Run(root, "bad", *TWO)
     run.ends(*fault("not_a_number", 2, rank=1))
-    assert history(run.folder, "train/nonfinite_steps") == {1: 1.0}
+    assert history(run.folder, "train/nonfinite_steps") == {1: 1.0, 2: 1.0, 3: 1.0}
     assert [file.name for file in (run.folder / "nonfinite").iterdir()] == ["step-000002-rank1.pt"]
     norms = history(run.folder, NORM)
     assert not torch.isfinite(torch.tensor(norms.pop(1))) and torch.isfinite(torch.tensor([*norms.values()])).all()
@@ -131,12 +131,38 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+def resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
 def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(root, alone, small_disk):
     run = Run(root, "one", f"paths.output_dir={small_disk}/run", f"hydra.run.dir={small_disk}/run")
     run.folder = small_disk / "run"
     said = run.fails()
     assert "last.ckpt could not be written: the disk is full" in said and "Traceback" not in said
     assert [file.name for file in (run.folder / "checkpoints").iterdir()] == ["last.ckpt"]
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    resize(small_disk, "64m")
     run.ends()
     assert history(run.folder, LOSS) == alone
+
+
+def test_a_shared_model_goes_on_after_each_fault_with_the_curve_of_an_uninterrupted_run(root, small_disk):
+    """A step that is left out, on both ranks; a rank that dies; a disk on which the ranks' files have no room."""
+    bad, shared = fault("not_a_number", 2, rank=1), [*TWO, "strategy=fsdp"]
+    whole = Run(root, "shared", *shared)
+    whole.ends(*bad)
+    assert history(whole.folder, "train/nonfinite_steps") == {1: 1.0, 2: 1.0, 3: 1.0}
+    run = Run(root, "struck", *shared, f"paths.output_dir={small_disk}/run", f"hydra.run.dir={small_disk}/run")
+    run.folder = small_disk / "run"
+    resize(small_disk, "64m")
+    assert "rank 1" in run.fails(*bad, *fault("kill", 3, rank=1))
+    assert (run.folder / "nonfinite/step-000002-rank1.pt").is_file() and "rank 1 (pid" in run.said["error"]
+    resize(small_disk, "24m")
+    said = run.fails()
+    assert "last.ckpt could not be written: the disk is full" in said and "Traceback" not in said
+    assert "last.ckpt could not be written" in run.said["error"]
+    assert [file.name for file in (run.folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    resize(small_disk, "64m")
+    run.ends()
+    losses = history(whole.folder, LOSS)
+    assert len(losses) == 4 and history(run.folder, LOSS) == losses

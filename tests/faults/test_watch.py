@@ -1,6 +1,5 @@
 """No rank waits for one that is dead, failed or stuck; none is ended that only takes its time."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,11 +12,9 @@ from typing import Any
 
 import pytest
 import watched_rank
+from fork_server import SERVER
 
 from kimivl.heartbeats import FROZEN_AFTER, GONE_AFTER, LOST_AFTER, Peer, State
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["kimivl.watch", "kimivl.config"])  # torch is imported once
 
 
 @dataclass
@@ -33,7 +30,7 @@ def start(folder: Path, what: str, ranks: int = 3) -> list[Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [(str(folder), rank, ranks, port, what) for rank in range(ranks)]
-    processes = [CONTEXT.Process(target=watched_rank.main, args=one, daemon=True) for one in arguments]
+    processes = [SERVER.Process(target=watched_rank.main, args=one, daemon=True) for one in arguments]
     for process in processes:
         process.start()
     return processes

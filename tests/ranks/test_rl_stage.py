@@ -1,5 +1,8 @@
 """RL on two ranks is RL of one process: problems, responses, packs, gradients, figures, and the state that is saved."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,21 +31,24 @@ PARTIAL = ["data.budget=4", "data.rounds=2", "data.max_length=80", "sampler.gate
 
 CASES = {
     "given responses": Case("rl", [*SHORT, *GIVEN]),
-    "four packs a step": Case("rl", [*SHORT, *GIVEN], packs=4),
-    "empty packs": Case("rl", [*SHORT, *GIVEN, "data.problems=2", "objective=grpo"], packs=8),
-    "partial, in several packs": Case("rl", [*SHORT, *GIVEN, *PARTIAL]),
+    "drawn by the model": Case("rl", SHORT),
+    "sharded": Case("rl", [*SHORT, *GIVEN, *SHARDED]),
+    "sharded, drawn by the model": Case("rl", [*SHORT, *SHARDED, "rollout.return_experts=true"]),
+    "four packs a step": Case("rl", [*SHORT, *GIVEN], packs=4, double=True),
+    "empty packs": Case("rl", [*SHORT, *GIVEN, "data.problems=2", "objective=grpo"], packs=8, double=True),
+    "partial, in several packs": Case("rl", [*SHORT, *GIVEN, *PARTIAL], double=True),
+    "partial, by the model": Case("rl", [*SHORT, *PARTIAL], double=True),
     "adapters": Case("rl", [*SHORT, *GIVEN, "lora=all", "objective=dapo"]),
     "balanced router": Case("rl", [*SHORT, *GIVEN, "router=balanced", "objective=gspo"]),
     "ahead of training": Case("rl", [*SHORT, *GIVEN, *AHEAD]),
-    "drawn by the model": Case("rl", SHORT),
-    "partial, by the model": Case("rl", [*SHORT, *PARTIAL]),
-    "sharded": Case("rl", [*SHORT, *GIVEN, *SHARDED]),
-    "sharded, empty packs": Case("rl", [*SHORT, *GIVEN, *SHARDED, "data.problems=2"], packs=8),
-    "sharded, drawn by the model": Case("rl", [*SHORT, *SHARDED, "rollout.return_experts=true"]),
+    "sharded, four packs a step": Case("rl", [*SHORT, *GIVEN, *SHARDED], packs=4, double=True),
+    "sharded, empty packs": Case("rl", [*SHORT, *GIVEN, *SHARDED, "data.problems=2"], packs=8, double=True),
+    "sharded, partial": Case("rl", [*SHORT, *SHARDED, *PARTIAL], packs=4, double=True),
 }
-ALONE = {
-    name: Case(case.stage, [o for o in case.overrides if o not in SHARDED], case.packs) for name, case in CASES.items()
-}
+"""In float64 where a step has more than two packs: the order of their sum differs, and the weights after it."""
+FAST = ("given responses", "sharded, drawn by the model")
+SLOW = tuple(name for name in CASES if name not in FAST)
+Fits = dict[str, Fitted]
 
 
 @pytest.fixture(scope="module")
@@ -52,40 +58,83 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def fit_all(data: Path, out: Path, cases: dict[str, Case]) -> Fits:
+    return {name: small_fit(data, out, case) for name, case in cases.items()}
+
+
+def on_one(case: Case) -> Case:
+    return replace(case, overrides=[override for override in case.overrides if override not in SHARDED])
+
+
+@pytest.fixture(scope="module")
+def fits(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Fits, list[Fits]]]:
+    """Names of cases -> each by one process, and by each of two ranks. A group of processes does several."""
+    out = tmp_path_factory.mktemp("out")
+
+    @cache
+    def made(*names: str) -> tuple[Fits, list[Fits]]:
+        cases = {name: CASES[name] for name in names}
+        alone = {name: on_one(case) for name, case in cases.items()}
+        return in_ranks(fit_all, data, out, alone, ranks=1)[0], in_ranks(fit_all, data, out, cases)
+
+    return made
+
+
+BY_NAME = pytest.mark.parametrize(
+    ("names", "name"),
+    [(FAST, name) for name in FAST] + [pytest.param(SLOW, name, marks=pytest.mark.slow) for name in SLOW],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+
+
+@BY_NAME
+def test_gradients_and_figures_of_each_step_are_those_of_one_process(fits, names: Sequence[str], name: str):
+    every = fits(*names)
+    alone, shared = every[0][name], [rank[name] for rank in every[1]]
+    assert len(alone.gradients) == len(shared[0].gradients) == len(shared[1].gradients) >= 4
+    limit = 1e-12 if CASES[name].double else 1e-6
+    for step, gradients in enumerate(alone.gradients):
+        assert sum(gradient.norm() > 0 for gradient in gradients.values()) >= len(gradients) / 2
+        for rank in shared:
+            assert gradients.keys() == rank.gradients[step].keys()
+            for weight, gradient in gradients.items():
+                error = (rank.gradients[step][weight] - gradient).norm() / gradient.norm().clamp_min(1e-30)
+                assert error < limit, (step, weight, float(error), float(gradient.norm()))
+        assert sum(len(rank.packs[step]) for rank in shared) == len(alone.packs[step])
+        for figure, value in alone.figures[step].items():
+            of_rounding = figure.startswith("policy/mismatch")  # between engine and trainer, itself of about 1e-6
+            if not figure.startswith("perf/"):
+                found = pytest.approx(value, rel=1e-6, abs=1e-5 if of_rounding else 1e-9)
+                assert shared[0].figures[step][figure] == found, (step, figure)
+    for weight, value in alone.weights.items():
+        assert torch.equal(shared[0].weights[weight], shared[1].weights[weight]), weight
+        torch.testing.assert_close(shared[0].weights[weight], value, rtol=limit, atol=limit)
+
+
+@BY_NAME
+def test_what_is_trained_on_and_saved_is_that_of_one_process(fits, names: Sequence[str], name: str):
+    every = fits(*names)
+    alone, shared = every[0][name], [rank[name] for rank in every[1]]
+    assert alone.data["experience"]["advantage"].unique().numel() > 1
+    for rank in shared:
+        assert rank.data["deal"] == alone.data["deal"] and rank.dropped == alone.dropped
+        assert repr(rank.data["collector"]["sampler"]) == repr(alone.data["collector"]["sampler"])
+        for of in ("problem", "tokens", "starts", "correct", "version", "weight"):
+            torch.testing.assert_close(rank.data["experience"][of], alone.data["experience"][of])
+    assert same(*(Experience(**rank.data["experience"]) for rank in shared))  # to the bit
+    torch.testing.assert_close(shared[0].data["experience"]["ref_logp"], alone.data["experience"]["ref_logp"])
+
+
 CHECKS = {
     "empty packs": lambda state: state["deal"][1] == 8 and any(not pack for pack in state["deal"][0]),
     "partial, in several packs": lambda state: state["deal"][1] >= 4 and state["deal"][1] % 2 == 0,
     "ahead of training": lambda state: bool((state["experience"]["version"] == 2).all()),
     "sharded, drawn by the model": lambda state: state["experience"]["experts"] is not None,
 }
-"""The cases are what they say, or the test proves nothing."""
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_iterations_of_two_ranks_are_those_of_one(data: Path, tmp_path: Path, name: str):
-    [alone] = in_ranks(small_fit, data, tmp_path, ALONE[name], ranks=1)
-    shared: list[Fitted] = in_ranks(small_fit, data, tmp_path, CASES[name])
-    assert CHECKS.get(name, bool)(alone.data)
-    assert len(alone.gradients) == len(shared[0].gradients) == len(shared[1].gradients) >= 4
-    for step, gradients in enumerate(alone.gradients):
-        for rank in shared:
-            assert gradients.keys() == rank.gradients[step].keys()
-            for weight, gradient in gradients.items():
-                error = (rank.gradients[step][weight] - gradient).norm() / gradient.norm().clamp_min(1e-30)
-                # After the first step the weights themselves differ by their rounding.
-                limit = 1e-4 if step else 1e-6
-                assert error < limit or gradient.norm() < 1e-7, (step, weight, float(error), float(gradient.norm()))
-        assert sum(len(rank.packs[step]) for rank in shared) == len(alone.packs[step])
-        for figure, value in alone.figures[step].items():
-            if not figure.startswith("perf/"):
-                assert shared[0].figures[step][figure] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, figure)
-    for weight, value in alone.weights.items():
-        assert torch.equal(shared[0].weights[weight], shared[1].weights[weight]), weight
-        torch.testing.assert_close(shared[0].weights[weight], value, rtol=1e-5, atol=1e-6)
-    for rank in shared:
-        assert rank.data["deal"] == alone.data["deal"] and rank.dropped == alone.dropped
-        assert repr(rank.data["collector"]["sampler"]) == repr(alone.data["collector"]["sampler"])
-        assert rank.data["experience"]["tokens"].equal(alone.data["experience"]["tokens"])
-        assert rank.data["experience"]["problem"].equal(alone.data["experience"]["problem"])
-    assert same(*(Experience(**rank.data["experience"]) for rank in shared))  # to the bit
-    torch.testing.assert_close(shared[0].data["experience"]["ref_logp"], alone.data["experience"]["ref_logp"])
+@pytest.mark.slow
+def test_the_cases_are_what_they_say(fits):
+    """Or the tests above prove nothing."""
+    alone = fits(*FAST)[0] | fits(*SLOW)[0]
+    assert all(check(alone[name].data) for name, check in CHECKS.items())

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from slurm_cluster import Cluster, Missing, short
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    try:
-        running = Cluster().__enter__()
-    except Missing as missing:
-        pytest.skip(f"SLURM: {missing}")
-    with running:
+    with ExitStack() as stack:
+        try:
+            running = stack.enter_context(Cluster(nodes=2))
+        except Missing as missing:
+            pytest.skip(f"SLURM: {missing}")
         yield running
 
 

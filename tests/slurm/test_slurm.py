@@ -54,6 +54,20 @@ def test_preempted_two_tasks_go_on_where_they_were(nodes, sbatch, whole, tmp_pat
     same_curve(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
+def test_a_job_on_two_nodes(nodes, sbatch, whole, tmp_path):
+    # The names of the nodes mean nothing here: a cluster's own do, and need no MASTER_ADDR.
+    words = [*pause(tmp_path), "trainer.num_nodes=2"]
+    job = sbatch(*words, options=("--nodes=2", "--export=ALL,MASTER_ADDR=127.0.0.1"), tasks=1)
+    reached(nodes, job, tmp_path)
+    nodes.run("scancel", "--signal=USR2", job)
+    nodes.start_again(job)
+    nodes.wait_for_state(job, "COMPLETED", "FAILED")
+    assert nodes.job(job)["ExitCode"] == "0:0" and nodes.job(job)["NumNodes"] == "2", _log(tmp_path)
+    assert _log(tmp_path).count("is put back into the queue") == 1
+    same_curve(tmp_path / "run", whole)
+
+
 def test_a_cancelled_job_is_saved_and_not_requeued(nodes, sbatch, tmp_path):
     job = sbatch(*pause(tmp_path), tasks=1)
     reached(nodes, job, tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import train
+from forked import train
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from command import history, train
+from command import history
+from forked import train
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 

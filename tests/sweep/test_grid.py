@@ -65,3 +65,18 @@ def test_a_job_that_is_killed_in_a_process_of_its_own_is_one_failure(tmp_path):
     run = json.loads((tmp_path / "own" / "seed-1" / "run.json").read_text())
     assert run["status"] == "failed" and run["error"] and run["config"]["seed"] == 1
     assert read_sweep(tmp_path / "own").counts == {"finished": 1, "failed": 1}
+
+
+RANKS = {
+    "swept": (["trainer.devices=1,2"], "a sweep over trainer.devices: all jobs of a sweep have the same tasks"),
+    "swept elsewhere": (["trainer.num_nodes=1,2", "hydra/launcher=local"], "a sweep over trainer.num_nodes"),
+    "in this process": (["trainer.devices=2", "seed=1,2"], "add hydra/launcher=local"),
+    "in this process, searched": (["trainer.devices=2", "sweep=lr"], "add hydra/launcher=local"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "said"), RANKS.values(), ids=RANKS)
+def test_jobs_that_could_not_start_their_ranks_are_refused_before_the_first(tmp_path, overrides, said):
+    done = sweep(tmp_path, *overrides)
+    assert done.returncode == 1 and launched(tmp_path) == []
+    assert done.stderr.count(said) == 1 and done.stderr.strip().startswith("error: ")

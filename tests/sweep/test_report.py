@@ -127,6 +127,7 @@ def test_a_metric_that_is_no_number_or_was_not_measured(tmp_path, capsys):
     folder.run_all()
     code, out = said(capsys, folder.path)
     assert code == 1 and "diverged  lr=9: val/accuracy is nan" in out and "what has not finished" not in out
+    (folder.path / "lr-1" / "metrics.json").write_text('{"val/loss": 1.0}')
     code, out = said(capsys, folder.path, "--metric", "val/loss")
     assert code == 1 and "val/loss was not measured; there is: seconds, val/accuracy" in out
     code, out = said(capsys, folder.path, "--metric", "seconds")
@@ -193,10 +194,11 @@ def test_every_kind_of_grid_has_a_picture(tmp_path, capsys, params):
     [
         (lambda path: path / "none", "no such folder"),
         (lambda path: path, "no sweep there"),
-        (lambda path: weights(path / "sweeps" / "one").path.parent, "holds several sweeps; give one of: "),
+        (lambda path: weights(path / "sweeps" / "one").path.parent, "is no sweep, but holds some; give one of: "),
+        (lambda path: weights(path / "name" / "sweeps" / "one").path.parents[1], "is no sweep, but holds some"),
         (lambda path: weights(path / "sweep").run(reward_length_weight="0", seed="1"), "is a single run, not a sweep"),
     ],
-    ids=["none", "empty", "above", "run"],
+    ids=["none", "empty", "above", "far above", "run"],
 )
 def test_a_wrong_folder_is_one_sentence(tmp_path, capsys, make, message):
     assert main(["sweep", str(make(tmp_path))]) == 2
@@ -218,3 +220,11 @@ def test_values_are_shown_short():
         "1e-05",
         "mirror_descent",
     ]
+
+
+def test_a_metric_that_no_run_has_is_one_sentence(tmp_path, capsys):
+    folder = weights(tmp_path / "sweep")
+    folder.run_all()
+    assert main(["sweep", str(folder.path), "--metric", "val/acuracy"]) == 2
+    error = capsys.readouterr().err
+    assert "no run has measured it; there is: seconds, val/accuracy" in error and error.count("\n") == 1

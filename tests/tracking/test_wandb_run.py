@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
@@ -129,7 +130,59 @@ def test_a_server_that_stops_answering_stops_nothing(tmp_path, server, picture, 
     sent = server.runs[run]
     assert sent.curve("train/loss") == WHOLE and sent.exit_code == 0 and f"model-{run}:v0" in sent.made
     assert [step for step, _ in sent.curve("val/transcripts")] == [9]
-    assert any(b'[["Image","a"]]' in blob for blob in server.blobs.values())  # its text; pictures are not kept
+    assert len(pictures(server, "val/transcripts")) == 1
+
+
+def pictures(server, name):
+    """The pictures of the only table of this name that the server has."""
+    [table] = [json.loads(blob) for path, blob in server.blobs.items() if path.endswith(f"{name}.table.json")]
+    paths = [cell["path"] for row in table["data"] for cell in row if isinstance(cell, dict)]
+    return [blob for path, blob in server.blobs.items() if path.endswith(tuple(paths))] if paths else []
+
+
+def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, server, monkeypatch, caplog):
+    init = wandb.init
+
+    def init_and_fail(**settings):
+        run = init(**settings)
+        server.mood = "failing"
+        return run
+
+    monkeypatch.setattr(wandb, "init", init_and_fail)
+    started = time.perf_counter()
+    with caplog.at_level(logging.WARNING):
+        process(tmp_path, 0, 9)
+    assert time.perf_counter() - started < 20
+    assert any(f"kimivl sync {tmp_path}" in record.message for record in caplog.records)
+
+
+def test_what_was_written_offline_needs_the_folder_of_the_run_alone(tmp_path, server, monkeypatch, picture):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    tracking.begin_run(run, {"seed": 1}, False)
+    loggers = begin(run)
+    tracking.log_table(loggers, "val/transcripts", [{"image": tracking.Picture(picture), "text": "a"}], 9)
+    tracking.write_run(run, "finished", {"seed": 1})
+    tracking.close(loggers, "success")
+    wandb.teardown()
+    monkeypatch.setenv("HOME", str(tmp_path / "on another machine"))
+    monkeypatch.delenv("WANDB_MODE")
+    assert main(["sync", str(run)]) == 0 and len(pictures(server, "val/transcripts")) == 1
+
+
+def test_pictures_that_are_lost_are_counted(tmp_path, server, picture, caplog):
+    tracking.begin_run(tmp_path, {"seed": 1}, False)
+    loggers = begin(tmp_path)
+    _ = loggers[1].experiment
+    server.mood = "failing"
+    tracking.log_table(loggers, "val/transcripts", [{"image": tracking.Picture(picture), "text": "a"}], 9)
+    tracking.write_run(tmp_path, "finished", {"seed": 1})
+    tracking.close(loggers, "success")
+    shutil.rmtree(tmp_path / "wandb" / "data")
+    server.mood = "well"
+    with caplog.at_level(logging.WARNING):
+        assert main(["sync", str(tmp_path)]) == 0
+    assert "1 pictures of a table val/transcripts" in caplog.text and not pictures(server, "val/transcripts")
 
 
 def test_what_a_killed_process_has_not_sent_is_sent_by_the_next(tmp_path, server):

@@ -23,7 +23,7 @@ from kimivl.optim import MuonAdamWInBackward
 from kimivl.rl.ahead import RolloutsAhead
 from kimivl.rl.collect import Collected, Collector, Plan
 from kimivl.rl.exchange import Exchange
-from kimivl.rl.experience import Deal, Experience, TrajectoryBatch, deal, make_batch, members_of
+from kimivl.rl.experience import Deal, Experience, deal
 from kimivl.rl.partial import OffPolicy, weigh
 from kimivl.rl.repetition import Repetition
 from kimivl.rl.sampler import ProblemSampler
@@ -31,7 +31,7 @@ from kimivl.rl.scored import over_ranks
 from kimivl.rl.types import Problem, Sampling
 from kimivl.rl.weights import weights_digest
 from kimivl.stages.datamodule import StageDataModule
-from kimivl.stages.rl.loader import ExperienceLoader
+from kimivl.stages.rl.loader import ExperienceLoader, OwnPacks, no_packs
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,6 @@ class RLDataModule(StageDataModule):
         self.rollouts = None if rollouts is None else Path(rollouts)
         self.experience: Experience | None = None
         self.figures: dict[str, float] = {}
-        self._problems: dict[int, Problem] = {}
         self._state: dict[str, Any] = {}
         self._collector: Collector | None = None
         self._ahead: RolloutsAhead | None = None
@@ -162,28 +161,24 @@ class RLDataModule(StageDataModule):
         iteration = self.trainer.current_epoch
         if iteration >= self.max_epochs:
             # Lightning asks for a loader before it sees that the run which it goes on from was finished.
-            return ExperienceLoader(partial(self._batch, Deal([], 1)), self.updates, self.updates)
+            return no_packs(self.updates)
         resumed = self.experience is not None and self.experience.iteration == iteration
         if resumed and self.experience is not None:
             # An interrupted run goes on inside the iteration whose experience its checkpoint holds.
-            self._bring_problems(self.experience, self._deal(self.experience))
+            own = self._own_packs(self.experience, {})
         else:
             with self._autocast():
-                self._collect(iteration)
-        assert self.experience is not None
-        dealt = self._deal(self.experience)
-        if resumed and self._dealt not in (None, dealt):
+                own = self._collect(iteration)
+        if resumed and self._dealt not in (None, own.dealt):
             raise ValueError(
                 f"the checkpoint is inside iteration {iteration}, whose responses were dealt into other packs: go on "
                 "with the data.updates, data.max_length and data.seed of its run, and with as many packs in a step "
                 "(devices * nodes * trainer.accumulate_grad_batches), or from a checkpoint between iterations"
             )
-        self._dealt = dealt
+        self._dealt = own.dealt
         # Lightning reads it at every batch; the next iteration begins with its first.
-        self.trainer.accumulate_grad_batches = dealt.packs_per_step // ranks.world_size()
-        own, steps = self._own(dealt), self.trainer.global_step - iteration * self.updates if resumed else 0
-        start = steps * self.trainer.accumulate_grad_batches
-        return ExperienceLoader(lambda n: self._batch(dealt, own[n]), len(own), start)
+        self.trainer.accumulate_grad_batches = own.dealt.packs_per_step // ranks.world_size()
+        return own.loader(self.trainer.global_step - iteration * self.updates if resumed else 0)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Rollouts and reference in the dtypes of the training steps, which Lightning puts into this context itself."""
@@ -191,8 +186,8 @@ class RLDataModule(StageDataModule):
         plugin = self.trainer.precision_plugin
         return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
-    def _collect(self, iteration: int) -> None:
-        """Experience, figures and state of ``iteration``, from the rollouts ahead or drawn now."""
+    def _collect(self, iteration: int) -> OwnPacks:
+        """Experience, figures and state of ``iteration``, from the rollouts ahead or drawn now; its packs."""
         started = time.perf_counter()
         ahead = self._rollouts_ahead() if self.max_behind else None
         collected = None if ahead is None else ahead.take(iteration)
@@ -206,15 +201,16 @@ class RLDataModule(StageDataModule):
         else:
             idle = ahead is not None and all(ranks.gather(ahead.idle))
             version, synced = (iteration, self._sync()) if idle else (None, {})
-        self.experience, self._problems = collected.experience, collected.problems
-        self._state = collected.state
+        self.experience, self._state = collected.experience, collected.state
         self._agree_on_unread()
         started = time.perf_counter()
-        weighed = self._fill_reference(self.experience)
+        own = self._own_packs(collected.experience, collected.problems)
+        weighed = self._fill_reference(own)
         figures |= synced | {"perf/reference_s": time.perf_counter() - started}
         self.figures = collected.figures | weighed | over_ranks(ranks.gather(figures))
         if ahead is not None and version is not None:
             ahead.go_on(iteration)
+        return own
 
     def _tell(self, hook: str, *args: Any) -> None:
         """Callbacks that have this hook: Lightning has none for what comes before the first step."""
@@ -287,15 +283,11 @@ class RLDataModule(StageDataModule):
     # Its packs.
 
     @torch.no_grad()
-    def _fill_reference(self, experience: Experience) -> dict[str, float]:
+    def _fill_reference(self, own: OwnPacks) -> dict[str, float]:
         """Log-probabilities of the tokens under the policy as it stands, through the very packs of training; then what
         the tokens weigh. Returns figures."""
-        dealt = self._deal(experience)
-        self._bring_problems(experience, dealt)
-        for part in ranks.gather({number: self._reference(dealt, number) for number in self._own(dealt)}):
-            for number, logp in part.items():
-                if members := dealt.packs[number]:
-                    experience.ref_logp[experience.places(members)] = logp
+        own.fill_reference(lambda batch: self._module.log_probs(batch.to(self._module.device)))
+        experience, dealt = own.experience, own.dealt
         figures = weigh(experience, self.off_policy, self._module.mismatch)
         experience.rollout_logp = torch.where(
             experience.rollout_logp.isnan(), experience.ref_logp, experience.rollout_logp
@@ -303,26 +295,10 @@ class RLDataModule(StageDataModule):
         shown = dealt.shown(experience.problem)
         return figures | {"perf/packs_per_step": dealt.packs_per_step, "perf/prompts_read": shown}
 
-    def _reference(self, dealt: Deal, number: int) -> torch.Tensor:
-        """(K,) log-probabilities of a pack; of an empty one too, for all ranks of a sharded model run equally many."""
-        logp: torch.Tensor = self._module.log_probs(self._batch(dealt, number).to(self._module.device))
-        return logp.float().cpu()
-
-    def _own(self, dealt: Deal) -> range:
-        """The packs of this rank, equally many of each step."""
-        return range(ranks.rank(), len(dealt.packs), ranks.world_size())
-
-    def _bring_problems(self, experience: Experience, dealt: Deal) -> None:
-        """Keep the problems that this rank's packs show; what another rank had them answered for is read here."""
-        shown = [member for number in self._own(dealt) for member in members_of(experience, dealt, number)]
-        needed = experience.problem[shown].unique().tolist()
-        there = self._problems
-
-        def read() -> None:
-            found = there | self.collector.read_again([number for number in needed if number not in there])
-            self._problems = {number: found[number] for number in needed}
-
-        ranks.attempt(read)
+    def _own_packs(self, experience: Experience, problems: Mapping[int, Problem]) -> OwnPacks:
+        own = OwnPacks(experience, self._deal(experience))
+        own.bring_problems(problems, self.collector.read_again)
+        return own
 
     def _agree_on_unread(self) -> None:
         """The problems that one rank could not read count on all."""
@@ -339,11 +315,6 @@ class RLDataModule(StageDataModule):
         prompts = torch.from_numpy(self.index.tokens[experience.problem.numpy()])
         lengths = prompts + experience.lengths
         return deal(lengths, experience.problem, self.updates, self._least_packs, seed, self.max_length)
-
-    def _batch(self, dealt: Deal, number: int) -> TrajectoryBatch:
-        assert self.experience is not None
-        prompts = {number: problem.prompt for number, problem in self._problems.items()}
-        return make_batch(self.experience, dealt, number, prompts)
 
     # What a checkpoint holds.
 
@@ -365,7 +336,6 @@ class RLDataModule(StageDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         kept = state_dict["experience"]
         self.experience = kept and Experience(**kept)
-        self._problems = {}
         self._dealt = state_dict["deal"] and Deal(*state_dict["deal"])
         self.figures = state_dict["figures"]
         self._state = state_dict["collector"]
