@@ -27,7 +27,7 @@ check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: $(INSTALLED)  ## the tests, a few minutes on two cores
+test: $(INSTALLED)  ## the tests, about ten minutes on two cores
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)  ## the tests that take longer

@@ -153,7 +153,8 @@ def _train_and_test(
     metrics = _floats(trainer)
     every = trainer.check_val_every_n_epoch
     if datamodule.held_out["val"] and (cfg.optimized_metric not in metrics or every and trainer.current_epoch % every):
-        trainer.validate(module, datamodule, verbose=False)  # the fit did not end with a validation
+        with _in_the_row_of_its_last_step(trainer):
+            trainer.validate(module, datamodule, verbose=False)  # the fit did not end with a validation
         metrics |= _floats(trainer)
     hand_over(module.model, datamodule.processor, output_dir / MODEL)
     if cfg.test:
@@ -167,6 +168,19 @@ def _train_and_test(
         if dropped := datamodule.dropped:
             print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())))
     return metrics
+
+
+@contextmanager
+def _in_the_row_of_its_last_step(trainer: Trainer) -> Iterator[None]:
+    """Figures of this block are logged where a validation that ends the fit has its own: a run that was stopped behind
+    that one and goes on validates again, and has no point more than a run that was not."""
+    loop = trainer.fit_loop.epoch_loop
+    step = loop._batches_that_stepped
+    loop._batches_that_stepped = max(step - 1, 0)
+    try:
+        yield
+    finally:
+        loop._batches_that_stepped = step
 
 
 def _plugins(strategy: Any) -> list[Any]:

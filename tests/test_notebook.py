@@ -48,6 +48,7 @@ def pictures(notebook: NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
+@pytest.mark.slow
 def test_it_runs(notebook, kernel, tmp_path):
     drawn = pictures(notebook)
     for cell in notebook.cells:

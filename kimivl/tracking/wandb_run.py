@@ -67,6 +67,7 @@ class WandbRun(WandbLogger, Shows):
         finish_timeout: float = 120.0,
     ) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # figures on itself that W&B cannot send
         if (mode := os.environ.get("WANDB_MODE")) not in (None, *MODES):
             raise ValueError(f"WANDB_MODE={mode}: set it to one of {', '.join(MODES)}, or unset it")
         folder = Path(output_dir)
@@ -161,7 +162,7 @@ class WandbRun(WandbLogger, Shows):
                 self.folder,
             )
             _end_service()
-            with suppress(Exception):  # it has nothing left to say to its ended service
+            with suppress(Exception, SystemExit):  # it would exit with the code of its ended service
                 wandb.teardown()
         finally:
             giving_up.cancel()
@@ -173,8 +174,7 @@ class WandbRun(WandbLogger, Shows):
     def log_hyperparams(self, params: Any) -> None:
         """The resolved config, the run whose model this one begins with, and that model as an input."""
         init_from = params.get("init_from")
-        parent = parent_of(init_from).get("id")
-        super().log_hyperparams(params if parent is None else {**params, "parent_run": parent})
+        super().log_hyperparams(_with_parent(params))
         if init_from:
             used_model(self.experiment, Path(init_from))
 
@@ -251,6 +251,11 @@ def _define_metrics(run: Any) -> None:
             run.define_metric(name, step_metric=names.STEP, step_sync=True, summary=f"{metric.best},last")
 
 
+def _with_parent(config: dict[str, Any]) -> dict[str, Any]:
+    parent = parent_of(config.get("init_from")).get("id")
+    return config if parent is None else {**config, "parent_run": parent}
+
+
 def _log_models(run: Any, folder: Path, config: dict[str, Any]) -> None:
     """The models that the run began with and made; those that W&B has already stay what they are."""
     if config.get("init_from"):
@@ -281,6 +286,7 @@ def sync(folder: Path) -> int:
             run = wandb.init(
                 id=about["id"], resume="allow", dir=folder, project=project, settings=settings, mode="online"
             )
+            run.config.update(_with_parent(config), allow_val_change=True)
             earlier.catch_up(run, online=True)
             _log_models(run, folder, config)
             rows = run.step - run.starting_step

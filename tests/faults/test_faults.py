@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_ranks import in_ranks
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from kimivl import ranks
 from kimivl.callbacks import CheckpointFiles
+from kimivl.checkpoint_folder import write_folder
 from kimivl.faults import MachineFault, explained, writing
 from kimivl.tracking import History
 
@@ -113,3 +116,20 @@ def test_a_checkpoint_of_another_model_or_optimizer_names_the_keys(tmp_path):
     for caught, detail in ((of_model, "size mismatch for weight"), (of_optimizer, "parameter group")):
         error = explained(caught.value, "starting", [], tmp_path)
         assert isinstance(error, ValueError) and detail in str(error) and "with the model=, lora=" in str(error)
+
+
+def _save_where_one_has_no_room(disk: Path) -> str:
+    """Each rank has a tensor of its own; that of rank 1 is larger than the disk."""
+    number = ranks.rank()
+    checkpoint = {"state_dict": {f"of_rank_{number}": torch.ones(10 if number == 0 else MB)}, "optimizer_states": []}
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        write_folder(checkpoint, disk / "checkpoints" / "last.ckpt")
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_a_rank_without_room_for_its_part_of_a_checkpoint_says_so_on_all(small_disk):
+    first, second = in_ranks(_save_where_one_has_no_room, small_disk)
+    full = "last.ckpt could not be written: the disk is full (0.004 GB needed"
+    assert second.startswith("MachineFault: ") and full in second
+    assert first.startswith("PeerFailed: rank 1: ") and full in first
+    assert not list((small_disk / "checkpoints").iterdir())

@@ -10,8 +10,10 @@ from command import history, train
 
 from kimivl.checkpoint_folder import read_whole
 
-RUN = ["stage=rl", "debug=miniature", "init_from=null", "logger=none", "test=false", "data.updates=2", "data.budget=6"]
+COMMON = ["debug=miniature", "logger=none", "test=false"]
+RUN = ["stage=rl", *COMMON, "init_from=${paths.root}/miniature/sft/model", "data.updates=2", "data.budget=3"]
 RUN += ["reward._target_=even_reward.EvenReward", "data.max_new_tokens=12", "data.problems=4", "module.freeze=[]"]
+RUN += ["data.phases=[{epochs: 3, lr: [1e-2, 1e-2]}]"]
 ONE = ["trainer.devices=1", "trainer.accumulate_grad_batches=2"]
 TWO = ["trainer.devices=2", "trainer.accumulate_grad_batches=1"]
 STOP = ["+callbacks.stop={_target_: stop_at.StopAt, step: 2, signal_name: SIGUSR1, rank: 1}"]
@@ -21,6 +23,7 @@ STOP = ["+callbacks.stop={_target_: stop_at.StopAt, step: 2, signal_name: SIGUSR
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of one process, ``one``, and one that was stopped in mid-iteration, ``stopped``."""
     root = tmp_path_factory.mktemp("runs")
+    train("stage=sft", *COMMON, "data.val_shards=null", "optimized_metric=train/loss", f"paths.root={root}")
     train(*RUN, *ONE, f"paths.root={root}", f"paths.output_dir={root / 'one'}")
     stopped = train(*RUN, *TWO, *STOP, f"paths.root={root}", f"paths.output_dir={root / 'stopped'}", check=False)
     assert stopped.returncode == 130, stopped.stdout + stopped.stderr
@@ -39,8 +42,8 @@ def assert_same_run(run: Path, reference: Path) -> None:
     for name in ("train/loss", "train/grad_norm", "rollout/accuracy", "rollout/waiting", "val/accuracy", "val/length"):
         expected = history(reference, name)
         assert expected and history(run, name) == pytest.approx(expected, rel=1e-4, abs=1e-6), name
-    metrics = [json.loads((folder / "metrics.json").read_text()).keys() for folder in (run, reference)]
-    assert metrics[0] == metrics[1]
+    metrics = [set(json.loads((folder / "metrics.json").read_text())) for folder in (run, reference)]
+    assert metrics[0] ^ metrics[1] <= {"perf/rollout_balance"}  # between ranks, where there are several
 
 
 def _said(record: Path) -> list[tuple]:
@@ -65,13 +68,18 @@ def test_the_run_is_one_with_problems_to_learn_from(runs):
     """Or the tests below prove nothing."""
     assert any(value > 0 for value in history(runs / "one", "train/grad_norm").values())
     assert any(0 < value < 1 for value in history(runs / "one", "rollout/accuracy").values())
-    assert any(value > 0 for value in history(runs / "one", "rollout/waiting").values())
+    waiting = history(runs / "one", "rollout/waiting")
+    assert any(value > 0 for value in waiting.values()), waiting
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [TWO, ONE], ids=["on two", "on one"])
-def test_stopped_on_one_rank_in_mid_iteration_it_goes_on(runs, tmp_path, devices):
-    folder = shutil.copytree(runs / "stopped", tmp_path / "stopped")
+def test_stopped_on_one_rank_in_mid_iteration_it_goes_on(runs, devices):
+    kept, folder = runs / "kept", runs / "stopped"  # its config names its own folders
+    if not kept.exists():
+        shutil.copytree(folder, kept)
+    shutil.rmtree(folder)
+    shutil.copytree(kept, folder)
     train(*RUN, *devices, f"paths.root={runs}", f"paths.output_dir={folder}")
     assert_same_run(folder, runs / "one")
 

@@ -45,7 +45,7 @@ def _log(folder: Path) -> str:
 def test_preempted_two_tasks_go_on_where_they_were(nodes, sbatch, whole, tmp_path, options):
     job = sbatch(*pause(tmp_path), options=options)
     reached(nodes, job, tmp_path)
-    nodes.preempt()
+    nodes.preempt(node=nodes.job(job)["NodeList"])
     nodes.start_again(job)
     assert status(tmp_path / "run") == "interrupted" and not (tmp_path / "run/model").exists()
     nodes.wait_for_state(job, "COMPLETED", "FAILED")

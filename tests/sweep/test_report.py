@@ -127,7 +127,7 @@ def test_a_metric_that_is_no_number_or_was_not_measured(tmp_path, capsys):
     folder.run_all()
     code, out = said(capsys, folder.path)
     assert code == 1 and "diverged  lr=9: val/accuracy is nan" in out and "what has not finished" not in out
-    (folder.path / "lr-1" / "metrics.json").write_text('{"val/loss": 1.0}')
+    (folder.path / "lr-1" / "metrics.json").write_text('{"val/loss": 1.0, "seconds": 2}')
     code, out = said(capsys, folder.path, "--metric", "val/loss")
     assert code == 1 and "val/loss was not measured; there is: seconds, val/accuracy" in out
     code, out = said(capsys, folder.path, "--metric", "seconds")

@@ -35,12 +35,19 @@ def runs(server, tmp_path):
     return tmp_path / "miniature", done
 
 
+def steps_once(curve):
+    """A curve as a dict; no step may stand in it twice."""
+    assert len(dict(curve)) == len(curve)
+    return dict(curve)
+
+
 def test_a_run_tells_its_story(runs, server, capsys):
     root, done = runs
     ids = {stage: json.loads((root / stage / "run.json").read_text())["id"] for stage in ("sft", "long_cot")}
     sft = server.runs[ids["sft"]]
     losses = sorted(history(root / "sft", "train/loss").items())
-    assert sft.curve("train/loss") == pytest.approx(losses) and len(losses) == 6 and sft.exit_code == 0
+    assert steps_once(sft.curve("train/loss")) == pytest.approx(dict(losses))
+    assert len(losses) == 6 and sft.exit_code == 0
     assert [(int(row["step"]), float(row["train/loss"])) for row in read_csv(root / "sft") if "train/loss" in row] == [
         pytest.approx(pair) for pair in losses
     ]
@@ -52,7 +59,8 @@ def test_a_run_tells_its_story(runs, server, capsys):
     assert f"model-{ids['sft']}:v0" in sft.made
 
     assert f"kimivl sync {root / 'long_cot'}" in done.stdout + done.stderr
-    chains, whole = server.runs[ids["long_cot"]], sorted(history(root / "long_cot", "train/loss").items())
+    chains, whole = server.runs[ids["long_cot"]], history(root / "long_cot", "train/loss")
     assert main(["sync", str(root / "long_cot")]) == 0
     assert "sent" in capsys.readouterr().out
-    assert chains.curve("train/loss") == pytest.approx(whole) and chains.config["parent_run"]["value"] == sft.name
+    assert steps_once(chains.curve("train/loss")) == pytest.approx(whole)
+    assert chains.config["parent_run"]["value"] == sft.name

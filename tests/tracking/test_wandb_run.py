@@ -154,6 +154,10 @@ def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, serv
         process(tmp_path, 0, 9)
     assert time.perf_counter() - started < 20
     assert any(f"kimivl sync {tmp_path}" in record.message for record in caplog.records)
+    server.mood = "well"
+    assert main(["sync", str(tmp_path)]) == 0
+    [sent] = server.runs.values()
+    assert sent.curve("train/loss") == WHOLE and sent.config["seed"]["value"] == 1
 
 
 def test_what_was_written_offline_needs_the_folder_of_the_run_alone(tmp_path, server, monkeypatch, picture):
@@ -166,7 +170,6 @@ def test_what_was_written_offline_needs_the_folder_of_the_run_alone(tmp_path, se
     tracking.close(loggers, "success")
     wandb.teardown()
     monkeypatch.setenv("HOME", str(tmp_path / "on another machine"))
-    monkeypatch.delenv("WANDB_MODE")
     assert main(["sync", str(run)]) == 0 and len(pictures(server, "val/transcripts")) == 1
 
 
@@ -264,6 +267,12 @@ def test_stages_are_linked_by_the_model_that_goes_from_one_to_the_next(tmp_path,
     about = json.loads(server.artifacts[sft.made[0]]["metadata"])
     assert (about["stage"], about["step"], about["metrics"]) == ("sft", 9, {"val/accuracy": 0.5})
     assert not any(len(blob) == 1000 for blob in server.blobs.values())  # by reference
+
+
+def test_a_mode_that_there_is_not_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(ValueError, match="WANDB_MODE=ofline: set it to one of online, offline"):
+        begin(tmp_path)
 
 
 def test_sync_says_what_it_needs(tmp_path, monkeypatch, capsys):

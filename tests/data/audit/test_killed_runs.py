@@ -77,6 +77,7 @@ def check(folder, whole):
     assert report.verified, report
 
 
+@pytest.mark.slow
 def test_two_processes_share_each_step(digits, whole, tmp_path):
     finish(start(tmp_path, digits, 2, 1))
     assert [step["step"] for step in steps_of(tmp_path)] == list(range(1, len(whole) + 1))
