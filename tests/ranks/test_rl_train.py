@@ -11,8 +11,14 @@ from command import history, train
 from kimivl.checkpoint_folder import read_whole
 
 COMMON = ["debug=miniature", "logger=none", "test=false"]
-RUN = ["stage=rl", *COMMON, "init_from=${paths.root}/miniature/sft/model", "data.updates=2", "data.budget=3"]
-RUN += ["reward._target_=even_reward.EvenReward", "data.max_new_tokens=12", "data.problems=4", "module.freeze=[]"]
+RUN = ["stage=rl", *COMMON, "init_from=${paths.root}/miniature/sft/model", "data.updates=2", "data.budget=4"]
+RUN += [
+    "reward._target_=even_reward.EvenReward",
+    "data.max_new_tokens=12",
+    "data.problems=4",
+    "data.responses=3",
+    "module.freeze=[]",
+]
 RUN += ["data.phases=[{epochs: 3, lr: [1e-2, 1e-2]}]"]
 ONE = ["trainer.devices=1", "trainer.accumulate_grad_batches=2"]
 TWO = ["trainer.devices=2", "trainer.accumulate_grad_batches=1"]
