@@ -56,7 +56,7 @@ _MAY_DIFFER |= {
 
 def done_before(output_dir: Path, config: dict[str, Any]) -> dict[str, float]:
     """The figures of a job of a sweep that has finished in this folder; empty where none has."""
-    before, metrics = tracking.read_run(output_dir), output_dir / METRICS_FILE
+    before, metrics = _read_run(output_dir), output_dir / METRICS_FILE
     if before.get("status") != "finished" or not metrics.is_file():
         return {}
     for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
@@ -83,7 +83,7 @@ def begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Pa
 
 def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
     """What to go on from; an unfinished run of this folder goes on, but only with the settings that it began with."""
-    before = tracking.read_run(output_dir)
+    before = _read_run(output_dir)
     unfinished = before.get("status") in ("running", "interrupted", "failed")
     resume = resume_path(output_dir, ckpt_path, unfinished)
     if resume is None:
@@ -99,6 +99,15 @@ def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> 
             )
     log.info("going on from %s", resume)
     return resume
+
+
+def _read_run(output_dir: Path) -> dict[str, Any]:
+    """What the run of a folder was, with its paths as they are now: a folder may be moved between two runs."""
+    before = tracking.read_run(output_dir)
+    was = (before.get("config") or {}).get("paths", {}).get("output_dir")
+    if was in (None, str(output_dir)):
+        return before
+    return json.loads(json.dumps(before).replace(json.dumps(was)[1:-1], json.dumps(str(output_dir))[1:-1]))
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:

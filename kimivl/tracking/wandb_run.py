@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 Outcome = Literal["success", "interrupted", "failed"]
 GRACE = 3.0
 """Seconds beyond ``finish_timeout`` that W&B's client has to give up by itself."""
+SYNC_TIMEOUT = 900.0
+"""Seconds that ``kimivl sync`` gives W&B for what it lacks of a run's rows, tables and the places of its models."""
 MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 EXIT_CODES: dict[str, int] = {"success": 0, "failed": 1, "interrupted": 130}
 
@@ -161,9 +163,7 @@ class WandbRun(WandbLogger, Shows):
                 self.folder,
                 self.folder,
             )
-            _end_service()
-            with suppress(Exception, SystemExit):  # it would exit with the code of its ended service
-                wandb.teardown()
+            _give_up()
         finally:
             giving_up.cancel()
             self._held.close()
@@ -225,6 +225,12 @@ def _end_service() -> None:
         connection._proc._process.kill()
 
 
+def _give_up() -> None:
+    _end_service()
+    with suppress(Exception, SystemExit):  # it would exit with the code of its ended service
+        wandb.teardown()
+
+
 class _Unasked:
     """In the place of W&B's public API, which a run uses for one thing: to be able to wait for an artifact."""
 
@@ -281,6 +287,8 @@ def sync(folder: Path) -> int:
     loggers: list[dict[str, Any]] = [logger for logger in (config.get("logger") or {}).values() if logger]
     project = next((logger["project"] for logger in loggers if "project" in logger), "kimivl")
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, finish_timeout_raises=True)
+    giving_up = threading.Timer(SYNC_TIMEOUT, _end_service)  # W&B's client waits for ever for a server that has gone
+    giving_up.start()
     try:
         with staged_in(folder):
             run = wandb.init(
@@ -292,7 +300,10 @@ def sync(folder: Path) -> int:
             rows = run.step - run.starting_step
             run.finish(exit_code=0 if about["status"] == "finished" else 1)
     except Exception as error:
+        _give_up()
         raise ValueError(f"W&B cannot be reached ({' '.join(str(error).split())[:300]}); try again later") from error
+    finally:
+        giving_up.cancel()
     offline = earlier.sync_offline()  # last: W&B has counted the rows of the others without them
     if rows or not offline:
         print(f"{rows} rows that W&B did not have were sent in {time.perf_counter() - started:.0f} s")

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kimivl import tracking
+from kimivl.checkpoint import LAST
 from kimivl.checkpoint_folder import write_folder
-from kimivl.resume import check_checkpoint
+from kimivl.resume import begin, check_checkpoint
 
 
 @pytest.fixture
@@ -59,3 +61,16 @@ def test_a_folder_of_many_ranks_is_looked_at_too(checkpoint, tmp_path):
     largest.write_bytes(largest.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"distcp is cut short \(.*; remove .*last\.ckpt to start anew"):
         check_checkpoint(folder, own=True, stage="sft")
+
+
+def test_a_folder_that_was_moved_goes_on_but_not_with_other_settings(checkpoint, tmp_path):
+    old = checkpoint.parents[1]
+
+    def config(folder: Path, seed: int = 1) -> dict[str, object]:
+        return {"stage": "sft", "seed": seed, "paths": {"output_dir": str(folder)}, "data": {"log": f"{folder}/log"}}
+
+    tracking.write_run(old, "interrupted", config(old))
+    new = old.rename(tmp_path / "elsewhere")
+    assert begin(new, None, config(new)) == new / LAST
+    with pytest.raises(ValueError, match="another seed"):
+        begin(new, None, config(new, seed=2))

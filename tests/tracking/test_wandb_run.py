@@ -12,6 +12,7 @@ import wandb
 
 from kimivl import tracking
 from kimivl.cli import main
+from kimivl.tracking import wandb_run
 from kimivl.tracking.wandb_run import WandbRun, has_key
 
 WHOLE = [(step, 1 / (step + 1)) for step in range(9)]
@@ -154,10 +155,26 @@ def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, serv
         process(tmp_path, 0, 9)
     assert time.perf_counter() - started < 20
     assert any(f"kimivl sync {tmp_path}" in record.message for record in caplog.records)
+    monkeypatch.setattr(wandb, "init", init)
     server.mood = "well"
     assert main(["sync", str(tmp_path)]) == 0
     [sent] = server.runs.values()
     assert sent.curve("train/loss") == WHOLE and sent.config["seed"]["value"] == 1
+
+
+def test_a_sync_whose_server_goes_ends(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setattr(wandb_run, "SYNC_TIMEOUT", 6.0)
+    process(tmp_path, 0, 2)
+    init = wandb.init
+
+    def init_and_fail(**settings):
+        run = init(**settings)
+        server.mood = "failing"
+        return run
+
+    monkeypatch.setattr(wandb, "init", init_and_fail)
+    assert main(["sync", str(tmp_path)]) == 2
+    assert "try again later" in capsys.readouterr().err
 
 
 def test_what_was_written_offline_needs_the_folder_of_the_run_alone(tmp_path, server, monkeypatch, picture):
