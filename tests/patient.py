@@ -2,6 +2,7 @@
 stop; it keeps account in the file ACCOUNT."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from kimivl import interruption
 from kimivl.config import Interrupted, register, report_errors
 
 register()
+# What runs in the background of a shell is born deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")

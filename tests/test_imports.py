@@ -41,7 +41,7 @@ ROOMS_OF = {
     "kimivl.inference": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.checkpoint"},
     "kimivl.synthesize": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.inference"},
     "kimivl.assess": {"kimivl.data", "kimivl.rl", "kimivl.inference"},
-    "kimivl.sweep": {"kimivl.config", "kimivl.lock"},
+    "kimivl.sweep": {"kimivl.config", "kimivl.launch", "kimivl.lock"},
     "kimivl.run": {"kimivl.config", "kimivl.launch", "kimivl.memory", "kimivl.tracking", "kimivl.checkpoint"}
     | {
         "kimivl.callbacks",

@@ -36,7 +36,7 @@ class Unsavable:
 
 
 @pytest.fixture
-def files():
+def files(tmp_path):  # whose folder stays until the last file is complete
     made = CheckpointFiles()
     yield made
     made.teardown()

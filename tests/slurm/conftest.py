@@ -50,7 +50,8 @@ def sbatch(nodes: Cluster, root: Path, tmp_path: Path) -> Callable[..., str]:
         words = " ".join(f"'{override}'" for override in (*short(root), f"trainer.devices={tasks}", *overrides))
         script = tmp_path / "job.sh"
         script.write_text(
-            f"#!/bin/bash\nsrun --kill-on-bad-exit=1 python train.py {words} paths.output_dir={tmp_path}/run\n"
+            "#!/bin/bash\n"
+            f"srun --kill-on-bad-exit=1 {sys.executable} train.py {words} paths.output_dir={tmp_path}/run\n"
         )
         own = ["--requeue", "--open-mode=append", f"--output={tmp_path}/log", f"--chdir={ROOT}", "--export=ALL"]
         return nodes.run(
