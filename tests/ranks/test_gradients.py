@@ -1,17 +1,15 @@
 """A step on two ranks is the step of one process: its gradients, samples, losses, loads."""
 
-import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from in_ranks import in_ranks
 from small_fit import Case, Fitted, small_fit
+from text_shards import without_images
 
 from kimivl.stages.sft.datamodule import _share
 from kimivl.tasks.digits import write
@@ -44,23 +42,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
         without_images(root / "digits/sft-000000.tar", root / name / "sft-000000.tar", of)
     return root
-
-
-def without_images(source: Path, target: Path, of: int) -> None:
-    """The samples of a shard, one in ``of`` with its pictures taken away."""
-    with tarfile.open(source) as read, tarfile.open(target, "w") as written:
-        for member in read:
-            content = read.extractfile(member).read()
-            if int("".join(filter(str.isdigit, member.name.split(".")[0]))) % of == 0:
-                if not member.name.endswith(".json"):
-                    continue
-                sample = json.loads(content)
-                for message in sample["messages"]:
-                    if not isinstance(message["content"], str):
-                        message["content"] = [part for part in message["content"] if part["type"] != "image"]
-                content = json.dumps(sample).encode()
-            member.size = len(content)
-            written.addfile(member, BytesIO(content))
 
 
 def fit_all(data: Path, out: Path, cases: dict[str, Case]) -> dict[str, Fitted]:
