@@ -227,7 +227,10 @@ def install() -> None:
         if os.getuid() != 0 or shutil.which("apt-get") is None:
             raise Missing(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge, as root")
         command = "apt-get update -q; DEBIAN_FRONTEND=noninteractive apt-get install -qy slurm-wlm munge"
-        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=600)
+        try:
+            done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=600)
+        except subprocess.TimeoutExpired as error:
+            raise Missing("apt-get install slurm-wlm munge took more than ten minutes") from error
         if done.returncode:
             raise Missing(f"apt-get install slurm-wlm munge: {done.stderr.strip().splitlines()[-1:]}")
 
