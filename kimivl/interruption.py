@@ -94,7 +94,8 @@ def listening(output_dir: Path) -> Iterator[None]:
         raise
     finally:
         for number, handler in _listener.previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == _listener.receive:  # unless signals are on hold by now
+                signal.signal(number, handler)
         _listener = _Listener()
 
 

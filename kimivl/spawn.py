@@ -36,7 +36,10 @@ def main(arguments: Sequence[str]) -> int:
     for number in SIGNALS:
         signal.signal(number, ranks.pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the ranks hold theirs back until they listen, too
-    return ranks.wait()
+    code = ranks.wait()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # there is nobody left to pass it on to
+    return code
 
 
 class Ranks:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command import ROOT
 
-from kimivl import interruption
+from kimivl import interruption, signals
 from kimivl.config import Interrupted
 from kimivl.interruption import NOT_BEGUN, REQUEUES, REQUEUES_WITHOUT_A_STEP, listening
 
@@ -145,16 +145,51 @@ def test_a_signal_before_the_run_listens(tmp_path):
 
 
 def test_a_signal_after_the_run_changes_nothing(tmp_path):
-    """Interpreters take a while to end, and SLURM would run a job again, or call it failed, that is done."""
+    """Interpreters take a while to end, and SLURM would run a job again, or call it failed, that is done.
+
+    A thread such as W&B has them was started while signals were not on hold, and is there until the very end; from when
+    the main thread has ended, signals come without a pause.
+    """
     code = (
-        "import atexit, os, runpy, signal, sys, types\n"
-        "sys.modules['kimivl.run'] = types.SimpleNamespace(run=lambda cfg: 0.5)\n"
-        "atexit.register(os.kill, os.getpid(), signal.SIGUSR2)\n"
+        "import os, runpy, signal, subprocess, sys, threading, time, types\n"
+        "def pester():\n"
+        "    threading.main_thread().join()\n"
+        "    os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "    loop = f'while kill -USR2 {os.getpid()}; do :; done'\n"
+        "    subprocess.Popen(['sh', '-c', loop], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "    time.sleep(0.2)\n"
+        "def run(cfg):\n"
+        "    threading.Thread(target=time.sleep, args=[60], daemon=True).start()\n"
+        "    threading.Thread(target=pester).start()\n"
+        "    return 0.5\n"
+        "sys.modules['kimivl.run'] = types.SimpleNamespace(run=run)\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
     command = [sys.executable, "-c", code, "stage=sft", "debug=miniature", f"paths.root={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", signals.OF_SCHEDULERS)
+def test_a_signal_between_two_jobs_of_a_process_waits_for_the_second(tmp_path, number):
+    """Also when a thread takes it that an earlier job has left behind."""
+    code = (
+        "import os, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from kimivl import signals\n"
+        "from kimivl.interruption import listening\n"
+        "with listening(Path(sys.argv[1])):\n"
+        "    threading.Thread(target=time.sleep, args=[60], daemon=True).start()\n"
+        "    signals.hold()\n"
+        "os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "time.sleep(0.1)\n"
+        "print('still here', flush=True)\n"
+        "with listening(Path(sys.argv[1])):\n"
+        "    print('not to be seen')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(int(number))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "still here\n" and f"Interrupted: {NOT_BEGUN}" in done.stderr
 
 
 def test_a_signal_while_torch_is_imported(tmp_path):

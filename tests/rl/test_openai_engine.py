@@ -299,10 +299,9 @@ def test_a_consumer_that_leaves_ends_the_run():
         stream = engine(teacher.url, concurrent=2).stream(requests(500), SAMPLING)
         next(stream)
         stream.close()
+        assert not [thread for thread in threading.enumerate() if thread.name == "openai-engine"]
         asked = len(teacher.asked)
-        time.sleep(0.1)
-        assert len(teacher.asked) == asked < 500
-    assert not [thread for thread in threading.enumerate() if thread.name == "openai-engine"]
+    assert len(teacher.asked) <= asked + 2 < 500  # the two that were under way may reach the server late
 
 
 @pytest.mark.parametrize(
