@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -223,6 +225,52 @@ def test_the_peak_of_a_whole_step(small: KimiVLConfig, mode: str, freeze: tuple[
     assert found.peak == pytest.approx(measured, rel=0.15)
 
 
+# ---- cut up over several devices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mode", "freeze"),
+    [
+        (8, "full", ()),
+        pytest.param(2, "full", (), marks=pytest.mark.slow),
+        pytest.param(8, "none", (), marks=pytest.mark.slow),
+        pytest.param(8, "selective", ("vision_tower",), marks=pytest.mark.slow),
+    ],
+)
+def test_the_peak_of_a_share(ranks: int, mode: str, freeze: tuple[str, ...]):
+    """What the allocator gave out to the first of the ranks of FSDP2."""
+    import memory_of_a_share as share
+
+    pack = Pack("a pack", sum(share.LENGTHS), sum(h * w for h, w in share.IMAGES))
+    settings = {"packs": (pack,), "checkpointing": mode, "freeze": freeze, "sharded": True, "devices": ranks}
+    found = estimate(setup_of(share.config(), **settings))
+    command = [sys.executable, share.__file__, str(ranks), mode, *freeze]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = int(done.stdout)
+
+    print(f"{ranks} {mode}: {measured / 1e6:.1f} MB, estimate {found.peak / 1e6:.1f} in {found.packs[0].peak.name}")
+    assert found.peak == pytest.approx(measured, rel=0.15)
+    assert found.peak < 0.8 * estimate(setup_of(share.config(), **settings | {"sharded": False})).peak
+
+
+def test_a_share_is_rows_of_the_first_rank(small: KimiVLConfig):
+    whole, share = measure(setup_of(small)), measure(setup_of(small, sharded=True, devices=8))
+    assert share.numel == whole.numel and share.gradients == pytest.approx(whole.gradients / 8, rel=0.02)
+    assert share.states["momentum"] == pytest.approx(whole.states["momentum"] / 8, rel=0.02)
+    many = measure(setup_of(small, sharded=True, devices=1000))  # a row of each
+    rows = sum(w.numel() // len(w) for w in KimiVLForConditionalGeneration(small).parameters())
+    assert many.gradients == 4 * rows
+
+
+def test_devices_share_the_rollouts():
+    alone, several = a3b("stage=rl"), a3b("stage=rl", "trainer.devices=8", "strategy=fsdp")
+    data = OmegaConf.to_container(compose_run("experiment=kimi_vl_a3b", "stage=rl").data, resolve=True)
+    assert alone.rollouts and several.rollouts and not alone.sharded and several.sharded
+    assert several.rollouts.rows == min(alone.rollouts.rows, -(-data["problems"] // 8) * data["responses"])
+    assert several.accumulate == -(-alone.accumulate // 8)
+
+
 # ---- states and verdicts --------------------------------------------------------------------------------------------
 
 
@@ -295,6 +343,7 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(small: KimiVLCo
         (["stage=sft", "activation_checkpointing=none", "trainer.precision=bf16-mixed", "optimizer=adamw"], 8),
         (["stage=sft", "data.phases.1.max_length=32768", "data.phases.1.max_patches=131072"], 4),
         (["stage=rl"], 12),
+        (["stage=sft", "trainer.devices=4"], 3),
     ],
 )
 def test_what_is_said_to_fit_fits_as_it_is_typed(overrides: list[str], gb: float):
@@ -331,7 +380,7 @@ def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         (["data.phases=[]"], "data.phases is empty"),
         (["stage=sft", "data.phases.0.max_length=null"], "data.phases.0.max_length"),
         (["activation_checkpointing=half"], "activation_checkpointing: 'half' is not one of none, full, selective"),
-        (["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
+        (["trainer.strategy=deepspeed"], "trainer.strategy=deepspeed: the estimate knows strategy=auto"),
         (["model=kimi_vl_13b"], "kimi_vl_13b"),
         (["lora=attention", "lora.targets=[knees]"], "knees"),
     ],
@@ -345,6 +394,11 @@ def test_the_command(capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = cli(capsys, "stage=sft", "--gpu", "80GB", "activation_checkpointing=full")
     assert code == 0 and "fits" in out and "79.1 GiB" in out and max(map(len, out.splitlines())) <= 80
+    code, out, _ = cli(capsys, "experiment=kimi_vl_a3b", "--gpu", "80GB", "trainer.devices=8", "strategy=fsdp")
+    assert code == 0 and "cut up over 8 devices" in " ".join(out.split()) and "weights gathered from all" in out
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, error = cli(capsys, "experiment=kimi_vl_a3b", "--gpu", "80GB", "trainer.devices=8")
+    assert code == 2 and error.endswith("what fits: strategy=fsdp\n")
     code, out, error = cli(capsys, "--gpu", "0.2GB")
     assert code == 2 and "activation_checkpointing=" in error and error.count("\n") == 1
 

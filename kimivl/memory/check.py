@@ -8,7 +8,7 @@ from typing import Any
 
 from kimivl.memory.devices import GB, Device
 from kimivl.memory.estimate import estimate
-from kimivl.memory.setup import Setup, holds_whole_model
+from kimivl.memory.setup import Setup, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ def check_memory(cfg: Mapping[str, Any], overrides: Sequence[str], device: Devic
     """Refuse what cannot fit on this machine's GPU, and warn of what may not.
 
     Certain are weights, gradients and optimiser states; activations and workspace are an estimate. Nothing is said of
-    a run on a CPU, of sharded models, and of models whose vocabulary the data will decide.
+    a run on a CPU, under a strategy that the estimate does not know, and of models whose vocabulary the data decides.
 
     Args:
         cfg: the resolved config.
@@ -28,7 +28,7 @@ def check_memory(cfg: Mapping[str, Any], overrides: Sequence[str], device: Devic
         ValueError: when the certain part is larger than the device.
     """
     on_cpu = cfg["trainer"]["accelerator"] == "cpu"
-    if on_cpu or not holds_whole_model(cfg["trainer"]) or cfg["model"].get("vocab_size") is None:
+    if on_cpu or is_sharded(cfg["trainer"]) is None or cfg["model"].get("vocab_size") is None:
         return
     device = device or Device.found()
     if device is None:

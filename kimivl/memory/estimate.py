@@ -6,6 +6,7 @@
     layer's backward    a layer computed again, and the gradients that pass through it: at the last layer next to all
                         activations, at the first next to the gradients of all others
     vision backward     the same in the vision tower, when the decoder's gradients are all there
+    last sums           of a model that is cut up: the gradients of embedding and head go to the ranks
     update              all gradients, the optimiser's workspace; no activations
     rollouts            the KV cache; no activations
 
@@ -34,8 +35,6 @@ COLLECTIVES = 1_000_000_000
 """Buffers of NCCL on more than one device: an allowance."""
 SCRAPS, SCRAPS_PASSING = 0.01, 0.06
 """Share that the caching allocator cannot use: of what stays, and of what comes and goes. An allowance too."""
-
-PASSING = ("activations: decoder", "activations: vision", "activations: the rest", "workspace", "KV cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,8 @@ def estimate(setup: Setup, before: Estimate | None = None) -> Estimate:
 def _same_parameters(one: Setup, other: Setup) -> bool:
     return (
         one.model is other.model
-        and (one.numbers, one.optimizer, one.freeze, one.lora)
-        == (other.numbers, other.optimizer, other.freeze, other.lora)
+        and (one.numbers, one.optimizer, one.freeze, one.lora, one.sharded)
+        == (other.numbers, other.optimizer, other.freeze, other.lora, other.sharded)
         and (one.checkpointing == other.checkpointing or not one.numbers.mixed)
     )
 
@@ -165,8 +164,10 @@ def _moments(setup: Setup, parameters: Parameters, pack: Pack) -> tuple[Moment, 
         ("last layer's backward", gradients["loss"], everything, step.layer + update, "a layer's pass"),
         ("first layer's backward", gradients["decoder"], first, step.layer + update, "a layer's pass"),
         ("vision backward", gradients["vision"], only_vision, step.block + update, "a block's pass"),
-        ("update", gradients["update"], {}, float(parameters.update), "the optimiser"),
     ]
+    if setup.sharded:
+        moments.append(("last sums", gradients["update"], {}, 0.0, ""))
+    moments.append(("update", gradients["update"], {}, float(parameters.update), "the optimiser"))
     found = [_moment(setup, parameters, *moment) for moment in moments]
     if setup.rollouts is not None:
         cache = {"KV cache": _kv_cache(setup)}
@@ -181,11 +182,15 @@ def _gradients(setup: Setup, parameters: Parameters) -> dict[str, float]:
         one = float(parameters.largest_gradient)
         return {"forward": 0.0, "loss": one, "decoder": one, "vision": one, "update": one}
     full = float(parameters.gradients)
+    if setup.sharded and setup.accumulate > 1:
+        return dict.fromkeys(("forward", "loss", "decoder", "vision", "update"), full)
     if setup.accumulate > 1:  # sums so far, and the largest that is to be added
         more = full + parameters.largest_gradient
         return {"forward": full, "loss": more, "decoder": more, "vision": more, "update": full}
     decoder = float(parameters.part_gradients["language_model"])
     before = full - parameters.part_gradients["vision_tower"]
+    if setup.sharded:
+        return {"forward": full, "loss": 0.0, "decoder": decoder, "vision": before, "update": full}
     last = max(parameters.head_gradient, parameters.expert_stack if setup.lora is None else 0)
     loss = min(full, float(parameters.head_gradient + last))
     return {"forward": full, "loss": loss, "decoder": decoder, "vision": before, "update": full}
@@ -201,12 +206,14 @@ def _moment(
     purpose: str,
 ) -> Moment:
     rows: dict[str, float] = {"weights": float(parameters.weights), "gradients": gradients}
-    if setup.devices > 1:
+    if setup.devices > 1 and not setup.sharded:
         rows["gradient buckets"] = float(parameters.gradients)
     rows |= {f"optimiser: {kind}": float(size) for kind, size in parameters.states.items()}
     stays = sum(rows.values())
     if parameters.casts and name not in ("update", "rollouts"):
         rows["weights in half"] = float(parameters.casts)
+    if parameters.groups is not None:
+        rows |= parameters.groups.rows(name, parameters.numel * setup.numbers.parameter)
     rows |= passing | {"workspace": workspace}
     goes = sum(rows.values()) - stays
     if not setup.on_cpu:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from kimivl.memory.live import LiveBytes
 from kimivl.memory.setup import Setup
+from kimivl.memory.sharding import Groups
 from kimivl.model import KimiVLForConditionalGeneration
+from kimivl.optim.dealing import rows_of_ranks
 
 _STATES = {"momentum_buffer": "momentum", "exp_avg": "moments", "exp_avg_sq": "moments", "remainder": "remainders"}
 _OUR_OPTIMIZERS = "kimivl.optim"
@@ -21,11 +23,12 @@ _OUR_OPTIMIZERS = "kimivl.optim"
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Bytes on one device.
+    """Bytes on one device; where the model is cut up, on the first, whose share is the largest.
 
     ``gradients`` of all parameters that train, ``part_gradients`` the same by child of the model, ``largest_gradient``
     of one parameter. ``in_backward``: gradients are used and freed one at a time. ``states`` by kind; ``update`` what
     a step of the optimiser takes beside all this. ``casts`` the half-precision copies that autocast keeps.
+    ``groups``: what is gathered together where the model is cut up, else nothing.
     """
 
     numel: int
@@ -40,6 +43,7 @@ class Parameters:
     update: int
     casts: int
     expert_stack: int
+    groups: Groups | None
 
     @property
     def certain(self) -> int:
@@ -57,27 +61,29 @@ def measure(setup: Setup) -> Parameters:
     ]
     if not named:
         raise ValueError("module.freeze and lora leave no parameter to train")
-    everything = [*model.parameters(), *model.buffers()]
+    ranks = setup.devices if setup.sharded else 1
     parts = {
-        part: _bytes(weight for name, weight in named if name.startswith(part)) for part, _ in model.named_children()
+        part: _bytes((weight for name, weight in named if name.startswith(part)), ranks)
+        for part, _ in model.named_children()
     }
     optimizer, in_backward = _optimizer(setup, named)
-    states, peak = _stepped(optimizer, [weight for _, weight in named], in_backward)
+    states, peak = _stepped(optimizer, [weight for _, weight in named], in_backward, ranks)
     own = getattr(optimizer, "workspace", None)
     stacks = [weight for name, weight in model.named_parameters() if ".experts." in name and "lora_" not in name]
     return Parameters(
         numel=sum(weight.numel() for weight in model.parameters()),
         trained=sum(weight.numel() for _, weight in named),
-        weights=_bytes(everything),
-        gradients=_bytes(weight for _, weight in named),
+        weights=_bytes(model.parameters(), ranks) + _bytes(model.buffers()),
+        gradients=_bytes((weight for _, weight in named), ranks),
         head_gradient=_bytes(weight for name, weight in named if "lm_head" in name),
         part_gradients=parts,
-        largest_gradient=max(_bytes([weight]) for _, weight in named),
+        largest_gradient=max(_bytes([weight], ranks) for _, weight in named),
         in_backward=in_backward,
         states=states,
         update=own() if own else peak,
         casts=_casts(model, setup),
         expert_stack=_bytes(stacks) // max(1, len(stacks) // 2),
+        groups=Groups.of(model) if setup.sharded else None,
     )
 
 
@@ -115,8 +121,10 @@ def _optimizer(setup: Setup, named: list[tuple[str, Tensor]]) -> tuple[torch.opt
     return make(named, **settings), "InBackward" in name
 
 
-def _stepped(optimizer: torch.optim.Optimizer, weights: list[Tensor], in_backward: bool) -> tuple[dict[str, int], int]:
-    """States by kind after a step, and the most that the step took besides them and the gradients."""
+def _stepped(
+    optimizer: torch.optim.Optimizer, weights: list[Tensor], in_backward: bool, ranks: int
+) -> tuple[dict[str, int], int]:
+    """States by kind after a step, and the most that the step took besides them and the gradients, of a share."""
 
     def closure() -> Tensor:
         # a gradient for each parameter, and for each the hook that some optimisers hang on it
@@ -138,8 +146,8 @@ def _stepped(optimizer: torch.optim.Optimizer, weights: list[Tensor], in_backwar
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim:
                 kind = _STATES.get(name, name)
-                kinds[kind] = kinds.get(kind, 0) + _bytes([value])
-    return kinds, max(0, peak)
+                kinds[kind] = kinds.get(kind, 0) + _bytes([value], ranks)
+    return kinds, max(0, peak) // ranks
 
 
 def _casts(model: nn.Module, setup: Setup) -> int:
@@ -159,5 +167,11 @@ def _tensors(state: dict[str, Any]) -> list[Tensor]:
     return [value for value in state.values() if isinstance(value, Tensor)]
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(tensors: Iterable[Tensor], ranks: int = 1) -> int:
+    """Of the first of ``ranks`` that tensors are cut up over, along their first dimension."""
+    return sum(
+        tensor.numel() // max(1, len(tensor)) * rows_of_ranks(len(tensor), ranks)[0] * tensor.element_size()
+        if tensor.ndim
+        else tensor.element_size()
+        for tensor in tensors
+    )

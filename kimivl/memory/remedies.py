@@ -23,8 +23,8 @@ class Change:
 def remedies(found: Estimate, capacity: float) -> tuple[Change, ...] | None:
     """The first changes that fit together, none of which can be left out; None where nothing fits.
 
-    Slower but exact ones come first (recomputation), then numbers of fewer bits, the step in the backward pass,
-    shorter packs, and last what trains less (LoRA).
+    Slower but exact ones come first (the model cut up over the devices, recomputation), then numbers of fewer bits, the
+    step in the backward pass, shorter packs, and last what trains less (LoRA).
     """
     chosen: list[Change] = []
     current = found
@@ -51,6 +51,8 @@ def _applied(setup: Setup, changes: list[Change]) -> Setup:
 
 def _changes(current: Estimate, capacity: float) -> Iterator[Change]:
     setup = current.setup
+    if setup.devices > 1 and not setup.sharded and current.parameters.certain > 0.5 * capacity:
+        yield Change("strategy=fsdp", lambda one: replace(one, sharded=True))
     if setup.checkpointing != "full":
         mode = "selective" if setup.checkpointing == "none" else "full"
         yield Change(f"activation_checkpointing={mode}", lambda one: replace(one, checkpointing=mode))
@@ -64,7 +66,8 @@ def _changes(current: Estimate, capacity: float) -> Iterator[Change]:
     for pack in too_large:
         if setup.rollouts is None and not setup.patches_given and pack.pack.patches > pack.pack.tokens // 4:
             yield _fewer_patches(pack)
-    if setup.lora is None and not current.parameters.in_backward and setup.accumulate == 1 and setup.rollouts is None:
+    alone = setup.devices == 1 and setup.accumulate == 1 and setup.rollouts is None
+    if alone and setup.lora is None and not current.parameters.in_backward:
         override = "optimizer=muon_in_backward trainer.gradient_clip_val=null"
         yield Change(override, _in_backward)
     if setup.lora is None and current.parameters.certain > 0.8 * capacity:

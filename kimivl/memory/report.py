@@ -18,6 +18,7 @@ from kimivl.memory.setup import Setup
 _ROWS = {
     "weights": "weights",
     "gradients": "gradients at that moment",
+    "weights gathered": "weights gathered from all",
     "gradient buckets": "gradient buckets of DDP",
     "weights in half": "weights in half precision",
 }
@@ -68,7 +69,7 @@ def _summary(found: Estimate) -> str:
     return (
         f"[bold]{_count(parameters.numel)} parameters[/] in "
         f"{bits[setup.numbers.parameter, setup.numbers.compute]}, {share}; {name}; "
-        f"checkpointing {setup.checkpointing}"
+        f"checkpointing {setup.checkpointing}" + f"; cut up over {setup.devices} devices" * setup.sharded
     )
 
 

@@ -61,6 +61,7 @@ class Rollouts:
 class Setup:
     """See the fields of the same names in ``conf/train.yaml``.
 
+    ``sharded``: parameters, gradients and states are cut up over all ``devices`` (``strategy=fsdp``).
     ``max_accumulate``: the packs that an update can be dealt to; ``patches_given``: not those that the config allows.
     """
 
@@ -75,6 +76,7 @@ class Setup:
     on_cpu: bool = False
     accumulate: int = 1
     devices: int = 1
+    sharded: bool = False
     rollouts: Rollouts | None = None
     max_accumulate: int = 1
     patches_given: bool = False
@@ -91,16 +93,21 @@ class Setup:
             ValueError: for a config that does not say what is needed, naming the key.
         """
         trainer, data = cfg["trainer"], cfg["data"]
-        _refuse_sharding(trainer)
+        sharded = is_sharded(trainer)
+        if sharded is None:
+            raise ValueError(
+                f"trainer.strategy={_strategy(trainer)}: the estimate knows strategy=auto and strategy=fsdp"
+            )
         precision = str(trainer["precision"])
         if precision not in _PRECISIONS:
             raise ValueError(f"trainer.precision={precision}: the estimate knows {', '.join(_PRECISIONS)}")
-        rollouts = _rollouts(cfg, prompt_tokens) if "problems" in data else None
-        accumulate = max(int(trainer["accumulate_grad_batches"]), _packs_of_update(data, rollouts))
+        devices = _devices(trainer)
+        rollouts = _rollouts(cfg, devices, prompt_tokens) if "problems" in data else None
+        accumulate = max(int(trainer["accumulate_grad_batches"]), _packs_of_update(data, rollouts, devices))
         return cls(
             model=_model(cfg),
             numbers=Numbers(*_PRECISIONS[precision]),
-            packs=_packs(data, accumulate, rollouts, patches, prompt_tokens),
+            packs=_packs(data, accumulate * devices, rollouts, patches, prompt_tokens),
             optimizer=dict(cfg["optimizer"]),
             checkpointing=cfg["activation_checkpointing"],
             kernels=Kernels(**{name: kernel for name, kernel in cfg["kernels"].items() if name[0] != "_"}),
@@ -108,9 +115,12 @@ class Setup:
             lora=cfg["lora"],
             on_cpu=trainer["accelerator"] == "cpu",
             accumulate=accumulate,
-            devices=_devices(trainer),
+            devices=devices,
+            sharded=sharded,
             rollouts=rollouts,
-            max_accumulate=data["problems"] * data["responses"] // data["updates"] if rollouts else accumulate,
+            max_accumulate=(
+                max(1, data["problems"] * data["responses"] // (data["updates"] * devices)) if rollouts else accumulate
+            ),
             patches_given=patches is not None,
         )
 
@@ -126,21 +136,16 @@ def _model(cfg: Mapping[str, Any]) -> KimiVLConfig:
     return KimiVLConfig(**fields)
 
 
-def holds_whole_model(trainer: Mapping[str, Any]) -> bool:
-    """Whether each device has the whole model: no strategy that shards it."""
+def is_sharded(trainer: Mapping[str, Any]) -> bool | None:
+    """Whether the model is cut up over the devices, rather than whole on each; None where nothing is known of it."""
+    name = _strategy(trainer)
+    if name in ("auto", "ddp") or name.startswith("ddp_"):
+        return False
+    return True if name == "ShardedStrategy" else None
+
+
+def _strategy(trainer: Mapping[str, Any]) -> str:
     strategy = trainer.get("strategy", "auto")
-    return isinstance(strategy, str) and (strategy in ("auto", "ddp") or strategy.startswith("ddp_"))
-
-
-def _refuse_sharding(trainer: Mapping[str, Any]) -> None:
-    if not holds_whole_model(trainer):
-        raise ValueError(
-            f"trainer.strategy={_name(trainer['strategy'])}: the estimate is of one device that holds the whole model; "
-            "use strategy=auto (sharded, each device has its share of weights, gradients and optimiser states)"
-        )
-
-
-def _name(strategy: Any) -> str:
     return strategy["_target_"].rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)
 
 
@@ -152,13 +157,13 @@ def _devices(trainer: Mapping[str, Any]) -> int:
 
 
 def _packs(
-    data: Mapping[str, Any], accumulate: int, rollouts: Rollouts | None, patches: int | None, prompt_tokens: int
+    data: Mapping[str, Any], dealt: int, rollouts: Rollouts | None, patches: int | None, prompt_tokens: int
 ) -> tuple[Pack, ...]:
     phases = data.get("phases")
     if not phases:
         raise ValueError("data.phases is empty: give at least one {epochs, lr, max_length}")
     if rollouts is not None:
-        return (_experience_pack(data, accumulate, rollouts, patches, prompt_tokens),)
+        return (_experience_pack(data, dealt, rollouts, patches, prompt_tokens),)
     packs = []
     for number, phase in enumerate(phases):
         length = phase.get("max_length")
@@ -171,10 +176,11 @@ def _packs(
 
 
 def _experience_pack(
-    data: Mapping[str, Any], accumulate: int, rollouts: Rollouts, patches: int | None, prompt_tokens: int
+    data: Mapping[str, Any], dealt: int, rollouts: Rollouts, patches: int | None, prompt_tokens: int
 ) -> Pack:
-    """An iteration's responses, all at the cap, dealt over its updates and their packs; a problem's image goes once."""
-    packs = data["updates"] * accumulate
+    """An iteration's responses, all at the cap, over its updates, each ``dealt`` to so many packs; a problem's image
+    goes once."""
+    packs = data["updates"] * dealt
     responses = -(-data["problems"] * data["responses"] // packs)
     tokens = responses * rollouts.tokens
     images = -(-responses // data["responses"])
@@ -182,18 +188,20 @@ def _experience_pack(
     return Pack(f"{responses} response{'s' * (responses > 1)}", tokens, most if patches is None else patches)
 
 
-def _packs_of_update(data: Mapping[str, Any], rollouts: Rollouts | None) -> int:
-    """Packs that an RL update takes so that none passes ``data.max_length``, with all responses at the cap."""
+def _packs_of_update(data: Mapping[str, Any], rollouts: Rollouts | None, devices: int) -> int:
+    """Packs that an RL update takes on a device so that none passes ``data.max_length``, all responses at the cap."""
     if rollouts is None or not data.get("max_length"):
         return 1
-    responses = -(-data["problems"] * data["responses"] // data["updates"])
+    responses = -(-data["problems"] * data["responses"] // (data["updates"] * devices))
     return math.ceil(responses / max(1, data["max_length"] // rollouts.tokens))
 
 
-def _rollouts(cfg: Mapping[str, Any], prompt_tokens: int) -> Rollouts:
+def _rollouts(cfg: Mapping[str, Any], devices: int, prompt_tokens: int) -> Rollouts:
+    """A device answers its share of the problems."""
     rows = cfg["rollout"].get("max_rows") or 256
     data = cfg["data"]
-    return Rollouts(min(rows, data["problems"] * data["responses"]), prompt_tokens + data["max_new_tokens"])
+    problems = -(-data["problems"] // devices)
+    return Rollouts(min(rows, problems * data["responses"]), prompt_tokens + data["max_new_tokens"])
 
 
 def _thousands(tokens: int) -> str:
