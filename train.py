@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from kimivl import signals
+from kimivl.runtime import signals
 
 if __name__ == "__main__":
     signals.hold()  # what follows takes a second or two, in which a scheduler's signal would end this process
@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kimivl.config import register, report_errors
-from kimivl.interruption import listening
-from kimivl.launch import check_launch, rank_overrides
+from kimivl.runtime.interruption import listening
+from kimivl.runtime.launch import check_launch, rank_overrides
 
 register()
 

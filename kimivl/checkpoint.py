@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from kimivl import ranks
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLImageProcessor, KimiVLProcessor
 from kimivl.model.official_writing import sync
 from kimivl.model.parallel import assembled
 from kimivl.model.tokenizer import load_tokenizer
 from kimivl.rl.types import Policy
+from kimivl.runtime import ranks
 
 LAST = Path("checkpoints/last.ckpt")
 MODEL = Path("model")

@@ -28,12 +28,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from kimivl import ranks
 from kimivl.checkpoint import put_in_place
-from kimivl.faults import MachineFault, writing
 from kimivl.model.official_writing import sync
 from kimivl.optim.dealing import rows_of_ranks
 from kimivl.optim.matrices import local
+from kimivl.runtime import ranks
+from kimivl.runtime.faults import MachineFault, writing
 
 REST = "rest.pt"
 _MODEL, _OPTIMIZER = "state_dict", "optimizer"

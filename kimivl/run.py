@@ -20,23 +20,24 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from kimivl import ranks, tracking
+from kimivl import tracking
 from kimivl.callbacks import CheckpointFiles, Watchdog
 from kimivl.checkpoint import LAST, MODEL, check_init_from, hand_over
 from kimivl.config import Interrupted, validate
-from kimivl.faults import explained
-from kimivl.interruption import told_apart
-from kimivl.launch import Place, check_launch, joined
-from kimivl.lock import only_run_in
 from kimivl.memory.check import check_memory
 from kimivl.resume import begin, done_before
-from kimivl.watch import Watch
+from kimivl.runtime import ranks
+from kimivl.runtime.faults import explained
+from kimivl.runtime.interruption import told_apart
+from kimivl.runtime.launch import Place, find_place, joined
+from kimivl.runtime.lock import only_run_in
+from kimivl.runtime.watch import Watch
 
 log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Run the stage that ``cfg`` describes; returns ``optimized_metric``.
+    """Run the stage that ``cfg`` describes on the ranks that there are; returns ``optimized_metric``.
 
     Raises:
         ValueError: for anything wrong in the config, the data or the checkpoint, in one sentence.
@@ -48,7 +49,7 @@ def run(cfg: DictConfig) -> float | None:
     cfg.paths.output_dir = str(output_dir)
     if multirun and cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
-    place = check_launch(cfg.trainer, multirun)
+    place = find_place()
     cfg.trainer.devices = place.tasks_per_node
     group = joined(place, cfg.trainer.get("accelerator"), timedelta(days=1))
     with group, _one_voice(place), Watch(output_dir) as watch, ExitStack() as held:
@@ -184,7 +185,7 @@ def _in_the_row_of_its_last_step(trainer: Trainer) -> Iterator[None]:
 
 
 def _plugins(strategy: Any) -> list[Any]:
-    """Ranks are where ``kimivl.launch`` has found them, whatever else the environment says."""
+    """Ranks are where ``kimivl.runtime.launch`` has found them, whatever else the environment says."""
     place = LightningEnvironment() if ranks.world_size() == 1 else TorchElasticEnvironment()
     return [place] if isinstance(strategy, DictConfig) else [place, CheckpointFiles()]
 

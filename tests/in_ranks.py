@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from fork_server import SERVER
 
-from kimivl.launch import find_place, joined
+from kimivl.runtime.launch import find_place, joined
 
 
 def in_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, timeout: float = 120) -> list[Any]:

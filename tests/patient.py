@@ -10,8 +10,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kimivl import interruption
 from kimivl.config import Interrupted, register, report_errors
+from kimivl.runtime import interruption
 
 register()
 # What runs in the background of a shell is born deaf to Ctrl-C.

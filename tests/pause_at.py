@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from kimivl import interruption
+from kimivl.runtime import interruption
 
 
 class PauseAt(Callback):

@@ -20,9 +20,8 @@ from pathlib import Path
 
 from command import ROOT, history, train
 from parts_of_a_run import PARTS
-from slurm_cluster import SETTLE_S, Cluster, short
+from slurm_cluster import ENDED, SETTLE_S, Cluster, short
 
-ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 Entered = tuple[str, float, float]
 """A part, when it began, and the CPU seconds that the process had taken by then."""
 

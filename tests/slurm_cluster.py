@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 CPUS = 4
 GRACE = 60
 """Seconds that a preempted job has to end by itself."""
@@ -172,11 +173,13 @@ class Cluster:
     def start_again(self, job: str, restarts: int = 1) -> None:
         """Wait until a job is back in the queue, and spare it the two minutes that SLURM lets it wait there."""
 
-        def waits() -> bool:
+        def waits_or_over() -> bool:
             known = self.job(job)
-            return known["JobState"] == "PENDING" and int(known["Restarts"]) >= restarts
+            waits = known["JobState"] == "PENDING" and int(known["Restarts"]) >= restarts
+            return waits or known["JobState"] in ENDED
 
-        wait_for(waits, lambda: f"{job} to be requeued: {self.job(job)}", 300)
+        wait_for(waits_or_over, lambda: f"{job} to be requeued: {self.job(job)}", 300)
+        assert self.job(job)["JobState"] == "PENDING", self.job(job)
         time.sleep(SETTLE_S)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 

@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import open_dict
 
-from kimivl import ranks
 from kimivl.callbacks import CheckpointFiles
 from kimivl.checkpoint import build_model
 from kimivl.config import compose_run
 from kimivl.data.loader import PackMaker
 from kimivl.data.sample import SampleError
+from kimivl.runtime import ranks
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # third-party package -> the only modules (or rooms) that may import it
 ONLY_IN = {
-    "hydra": {"train", "kimivl.beforehand", "kimivl.run", "kimivl.config", "kimivl.cli", "kimivl.sweep"},
+    "hydra": {"train", "kimivl.runtime.beforehand", "kimivl.run", "kimivl.config", "kimivl.cli", "kimivl.sweep"},
     "lightning": {"kimivl.stages", "kimivl.callbacks", "kimivl.run", "kimivl.tracking"},
     "wandb": {"kimivl.tracking"},
     "webdataset": {"kimivl.data.shards"},
@@ -29,7 +29,7 @@ BACKENDS = {"torch", "transformers", "numpy", "PIL", "tokenizers", "safetensors"
 THIRD_PARTY_OF = {"kimivl.model": BACKENDS, "kimivl.optim": BACKENDS}
 
 # what every room may import
-LEAVES = ("kimivl.ranks",)
+LEAVES = ("kimivl.runtime.ranks",)
 
 # room -> other rooms that it may import at most
 ROOMS_OF = {
@@ -37,21 +37,14 @@ ROOMS_OF = {
     "kimivl.optim": set(),
     "kimivl.memory": {"kimivl.model", "kimivl.optim"},
     "kimivl.stages": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.optim", "kimivl.checkpoint"}
-    | {"kimivl.checkpoint_folder", "kimivl.interruption"},
+    | {"kimivl.checkpoint_folder", "kimivl.runtime.interruption"},
     "kimivl.inference": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.checkpoint"},
     "kimivl.synthesize": {"kimivl.model", "kimivl.data", "kimivl.rl", "kimivl.inference"},
     "kimivl.assess": {"kimivl.data", "kimivl.rl", "kimivl.inference"},
-    "kimivl.sweep": {"kimivl.config", "kimivl.launch", "kimivl.lock"},
-    "kimivl.run": {"kimivl.config", "kimivl.launch", "kimivl.memory", "kimivl.tracking", "kimivl.checkpoint"}
-    | {
-        "kimivl.callbacks",
-        "kimivl.faults",
-        "kimivl.interruption",
-        "kimivl.lock",
-        "kimivl.model",
-        "kimivl.resume",
-        "kimivl.watch",
-    },
+    "kimivl.sweep": {"kimivl.config", "kimivl.runtime.launch", "kimivl.runtime.lock"},
+    "kimivl.run": {"kimivl.config", "kimivl.runtime", "kimivl.memory", "kimivl.tracking", "kimivl.checkpoint"}
+    | {"kimivl.callbacks", "kimivl.model", "kimivl.resume"},
+    "kimivl.runtime": {"kimivl.config"},
 }
 # room -> rooms that it must not import
 NEVER = {

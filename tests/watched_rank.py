@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kimivl import heartbeats, watch
 from kimivl.config import Interrupted
+from kimivl.runtime import heartbeats, watch
 
 
 def main(folder: str, rank: int, ranks: int, port: int, what: str) -> None:

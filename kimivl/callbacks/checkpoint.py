@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kimivl.checkpoint import put_in_place
 from kimivl.checkpoint_folder import read_whole
-from kimivl.faults import writing
+from kimivl.runtime.faults import writing
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from kimivl import ranks
 from kimivl.callbacks.log_steps import ends_log_step, log_figures
+from kimivl.runtime import ranks
 
 
 class Memory(Callback):

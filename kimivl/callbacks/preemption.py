@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kimivl import interruption
 from kimivl.config import Interrupted
+from kimivl.runtime import interruption
 
 ROLLOUTS_KEPT = "the rollouts so far are kept; the same command goes on with them"
 

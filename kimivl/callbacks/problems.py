@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, Trainer
 
-from kimivl import ranks, tracking
+from kimivl import tracking
+from kimivl.runtime import ranks
 
 
 class Problems(Callback):

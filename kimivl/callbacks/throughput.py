@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
-from kimivl import ranks
 from kimivl.callbacks.log_steps import is_log_step, log_figures
 from kimivl.data.pack import IGNORE, PackedBatch
 from kimivl.model.flops import pack_flops, peak_flops
+from kimivl.runtime import ranks
 
 NEXT = "[_TrainingEpochLoop].train_dataloader_next"
 """What Lightning's profilers call the wait for the loader."""

@@ -6,12 +6,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from kimivl.watch import Watch
+from kimivl.runtime.watch import Watch
 
 
 class Watchdog(Callback):
-    """Signs of progress for ``kimivl.watch``: batches, validation batches, responses. Whatever else a run does (index,
-    model, export) may take any time.
+    """Signs of progress for ``kimivl.runtime.watch``: batches, validation batches, responses. Whatever else a run does
+    (index, model, export) may take any time.
 
     Args:
         step_minutes: how long nothing may get on in training, on any rank, before the run is ended with the stacks of

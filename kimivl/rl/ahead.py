@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 
-from kimivl import ranks
 from kimivl.rl.collect import Collected
+from kimivl.runtime import ranks
 
 
 class RolloutsAhead:

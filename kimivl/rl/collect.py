@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kimivl import ranks
 from kimivl.rl.answer import Answered, Iteration, answer
 from kimivl.rl.exchange import Exchange, shares
 from kimivl.rl.experience import Experience
@@ -27,6 +26,7 @@ from kimivl.rl.rollout import RolloutEngine, response_seed
 from kimivl.rl.sampler import ProblemSampler
 from kimivl.rl.scored import ScoredGroup, experience_of, figures_of, over_ranks, rows_of
 from kimivl.rl.types import Problem, Sampling
+from kimivl.runtime import ranks
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from kimivl import ranks
 from kimivl.rl.partial import OpenGroup
+from kimivl.runtime import ranks
 
 T = TypeVar("T")
 

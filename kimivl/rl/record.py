@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from kimivl import ranks
 from kimivl.rl.partial import response_of, response_state
 from kimivl.rl.types import Request, Response
+from kimivl.runtime import ranks
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 60.0

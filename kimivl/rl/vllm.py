@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kimivl import ranks
 from kimivl.data.images import decode_image
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Problem, Request, Response, Sampling
 from kimivl.rl.vllm_requests import Writing, collapsed
 from kimivl.rl.vllm_worker import EXTENSION
 from kimivl.rl.weights import check_digests, expected, policy_tensors
+from kimivl.runtime import ranks
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights are handed over, not sent

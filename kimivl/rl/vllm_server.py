@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kimivl import ranks
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Request, Response, Sampling
 from kimivl.rl.vllm_stream import ServerError, ServerGone, Streams
 from kimivl.rl.vllm_worker import EXTENSION
 from kimivl.rl.weights import Digests, check_digests, expected, in_dtype_of, policy_tensors
+from kimivl.runtime import ranks
 
 SERVE = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL_FOLDER --enable-scale-out --trust-remote-code --generation-config vllm "

@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from kimivl import interruption, ranks
 from kimivl.checkpoint import build_model, policy_of
 from kimivl.data.pack import PackedBatch
 from kimivl.model import Kernels, KimiVLConfig, KimiVLForConditionalGeneration
@@ -30,6 +29,7 @@ from kimivl.optim.clipping import clip_gradients
 from kimivl.rl.rewards import Reward
 from kimivl.rl.rollout import RolloutEngine
 from kimivl.rl.types import Policy, Problem, Response
+from kimivl.runtime import interruption, ranks
 from kimivl.stages.batch_counts import recount_batches
 from kimivl.stages.evaluation import Evaluation, Tally, Transcript
 from kimivl.stages.sharding import ShardedStrategy

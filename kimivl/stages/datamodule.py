@@ -13,7 +13,6 @@ import rich.progress
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from kimivl import ranks
 from kimivl.checkpoint import load_processor
 from kimivl.data.chat import SampleEncoder
 from kimivl.data.index import Index
@@ -23,6 +22,7 @@ from kimivl.data.shards import expand
 from kimivl.data.storage import Storage
 from kimivl.model.tokenizer import text_encoder
 from kimivl.rl.types import Problem
+from kimivl.runtime import ranks
 
 log = logging.getLogger(__name__)
 EVALUATION_BATCH = 128

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kimivl import ranks
 from kimivl.rl.rewards import Reward, Verdict
 from kimivl.rl.rollout import RolloutEngine, response_seed
 from kimivl.rl.types import Problem, Request, Response, Sampling
+from kimivl.runtime import ranks
 
 
 @dataclass(frozen=True, slots=True)

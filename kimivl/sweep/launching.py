@@ -15,7 +15,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from kimivl.config import RUN_FILE
-from kimivl.launch import check_launch
+from kimivl.runtime.launch import check_launch
 from kimivl.sweep.points import finished_metric, folder_name, has_diverged, is_alive, note_failure, read_json
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from kimivl.config import METRICS_FILE, RUN_FILE
-from kimivl.lock import LOCK_FILE
+from kimivl.runtime.lock import LOCK_FILE
 
 OVERRIDES_FILE = Path(".hydra") / "overrides.yaml"
 """In the folder of a run: what Hydra was told for it."""

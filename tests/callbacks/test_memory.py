@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kimivl import ranks
 from kimivl.callbacks import Memory
 from kimivl.callbacks.memory import memory
+from kimivl.runtime import ranks
 
 
 def test_the_rank_that_takes_most(monkeypatch):

@@ -11,9 +11,9 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from kimivl import interruption
 from kimivl.callbacks import Preemption
 from kimivl.config import Interrupted
+from kimivl.runtime import interruption
 
 BATCHES, EPOCHS, ACCUMULATE = 6, 3, 2
 

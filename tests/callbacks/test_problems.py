@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kimivl import ranks, tracking
+from kimivl import tracking
 from kimivl.callbacks import Problems
 from kimivl.callbacks.problems import hardest_problems
 from kimivl.data.sample import Sample
 from kimivl.rl.sampler import ProblemSampler
 from kimivl.rl.types import Problem
+from kimivl.runtime import ranks
 from kimivl.tracking.wandb_run import WandbRun
 
 

@@ -11,12 +11,12 @@ from kept_rows import KeptRows
 from lightning.pytorch.profilers import PassThroughProfiler
 from small_fit import Case, small_fit
 
-from kimivl import ranks
 from kimivl.callbacks import Throughput
 from kimivl.callbacks.throughput import NEXT, _Work
 from kimivl.data.pack import IGNORE, PackedBatch
 from kimivl.model import KimiVLConfig
 from kimivl.model.flops import pack_flops
+from kimivl.runtime import ranks
 from kimivl.tasks.digits import write
 
 ONE_PHASE = "data.phases=[{max_length: 256, epochs: 1, lr: [1, 1]}]"

@@ -12,10 +12,10 @@ from in_ranks import in_ranks
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kimivl import ranks
 from kimivl.callbacks import CheckpointFiles
 from kimivl.checkpoint_folder import write_folder
-from kimivl.faults import MachineFault, explained, writing
+from kimivl.runtime import ranks
+from kimivl.runtime.faults import MachineFault, explained, writing
 from kimivl.tracking import History
 
 MB = 2**20

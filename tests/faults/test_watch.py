@@ -14,7 +14,7 @@ import pytest
 import watched_rank
 from fork_server import SERVER
 
-from kimivl.heartbeats import FROZEN_AFTER, GONE_AFTER, LOST_AFTER, Peer, State
+from kimivl.runtime.heartbeats import FROZEN_AFTER, GONE_AFTER, LOST_AFTER, Peer, State
 
 
 @dataclass

@@ -13,11 +13,11 @@ from in_ranks import in_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from kimivl import ranks
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.lora import add_lora
 from kimivl.model.parallel import assembled, gathered, is_sharded, shard
 from kimivl.model.router import Router
+from kimivl.runtime import ranks
 
 ADAPTERS: dict[str, Any] = {"rank": 3, "alpha": 6.0, "targets": ["attention", "routed_experts", "vision"]}
 

@@ -9,13 +9,13 @@ import pytest
 from fake_rollouts import SET, FakeEngine, SumReward, read, same
 from in_ranks import in_ranks
 
-from kimivl import ranks
 from kimivl.config import Interrupted
 from kimivl.rl.advantages import advantages
 from kimivl.rl.collect import Collected, Collector, Plan
 from kimivl.rl.gates import Gates
 from kimivl.rl.sampler import ProblemSampler
 from kimivl.rl.types import Sampling
+from kimivl.runtime import ranks
 
 
 @dataclass

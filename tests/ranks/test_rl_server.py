@@ -6,13 +6,13 @@ import torch
 from fake_vllm import MEDIA, STOP, FakeVLLM
 from in_ranks import in_ranks
 
-from kimivl import ranks
 from kimivl.data.pack import EncodedSample
 from kimivl.data.sample import Sample
 from kimivl.rl.types import Policy, Problem, Request, Sampling
 from kimivl.rl.verifiers import boxed
 from kimivl.rl.vllm_server import VLLMServerRolloutEngine
 from kimivl.rl.workers import VerifierPool
+from kimivl.runtime import ranks
 
 
 def problem(number: int) -> Problem:

@@ -14,11 +14,12 @@ from in_ranks import in_ranks
 from lightning.pytorch import Callback
 from small_fit import Case, Fitted, small_fit
 
-from kimivl import checkpoint, ranks
+from kimivl import checkpoint
 from kimivl.checkpoint import put_back
 from kimivl.checkpoint_folder import read_rest, read_whole, write_folder
 from kimivl.optim import MuonAdamW
 from kimivl.resume import check_checkpoint
+from kimivl.runtime import ranks
 from kimivl.tasks.digits import write
 
 PHASES = "data.phases=[{max_length: 256, epochs: 2, lr: [1, 0.1]}]"

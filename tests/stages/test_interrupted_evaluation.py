@@ -12,7 +12,7 @@ from omegaconf import open_dict
 
 from kimivl.callbacks import Preemption
 from kimivl.config import Interrupted, compose_run
-from kimivl.interruption import listening
+from kimivl.runtime.interruption import listening
 
 STAGES = {
     "sft": ["data.phases=[{max_length: 512, epochs: 2, lr: [1e-2, 1e-3]}]"],

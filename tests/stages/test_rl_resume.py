@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kimivl.callbacks import Preemption
 from kimivl.config import Interrupted
-from kimivl.interruption import listening
 from kimivl.rl.collect import Collector
 from kimivl.rl.hf import HFRolloutEngine
+from kimivl.runtime.interruption import listening
 
 SHORT = [
     "data.phases=[{epochs: 3, lr: [0.1, 0.1]}]",

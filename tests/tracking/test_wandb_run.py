@@ -141,7 +141,7 @@ def pictures(server, name):
     return [blob for path, blob in server.blobs.items() if path.endswith(tuple(paths))] if paths else []
 
 
-def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, server, monkeypatch, caplog):
+def fail_after_the_first_answer(server, monkeypatch):
     init = wandb.init
 
     def init_and_fail(**settings):
@@ -150,12 +150,16 @@ def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, serv
         return run
 
     monkeypatch.setattr(wandb, "init", init_and_fail)
-    started = time.perf_counter()
-    with caplog.at_level(logging.WARNING):
-        process(tmp_path, 0, 9)
-    assert time.perf_counter() - started < 20
+
+
+def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, server, monkeypatch, caplog):
+    with monkeypatch.context() as patched:
+        fail_after_the_first_answer(server, patched)
+        started = time.perf_counter()
+        with caplog.at_level(logging.WARNING):
+            process(tmp_path, 0, 9)
+        assert time.perf_counter() - started < 20
     assert any(f"kimivl sync {tmp_path}" in record.message for record in caplog.records)
-    monkeypatch.setattr(wandb, "init", init)
     server.mood = "well"
     assert main(["sync", str(tmp_path)]) == 0
     [sent] = server.runs.values()
@@ -165,14 +169,7 @@ def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, serv
 def test_a_sync_whose_server_goes_ends(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setattr(wandb_run, "SYNC_TIMEOUT", 6.0)
     process(tmp_path, 0, 2)
-    init = wandb.init
-
-    def init_and_fail(**settings):
-        run = init(**settings)
-        server.mood = "failing"
-        return run
-
-    monkeypatch.setattr(wandb, "init", init_and_fail)
+    fail_after_the_first_answer(server, monkeypatch)
     assert main(["sync", str(tmp_path)]) == 2
     assert "try again later" in capsys.readouterr().err
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from kimivl import ranks
 from kimivl.data.columns import read_columns
 from kimivl.model.parallel import gathered
 from kimivl.optim import MuonAdamWInBackward
@@ -30,6 +29,7 @@ from kimivl.rl.sampler import ProblemSampler
 from kimivl.rl.scored import over_ranks
 from kimivl.rl.types import Problem, Sampling
 from kimivl.rl.weights import weights_digest
+from kimivl.runtime import ranks
 from kimivl.stages.datamodule import StageDataModule
 from kimivl.stages.rl.loader import ExperienceLoader, OwnPacks, no_packs
 

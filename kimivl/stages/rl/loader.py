@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from kimivl import ranks
 from kimivl.rl.experience import Deal, Experience, TrajectoryBatch, make_batch, members_of
 from kimivl.rl.types import Problem
+from kimivl.runtime import ranks
 
 
 class ExperienceLoader:

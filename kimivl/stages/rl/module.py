@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kimivl import ranks
 from kimivl.optim import reset_state
 from kimivl.rl.experience import TrajectoryBatch
 from kimivl.rl.mismatch import Mismatch
 from kimivl.rl.objectives import Loss, Trajectories
+from kimivl.runtime import ranks
 from kimivl.stages.long_cot.module import LongCoTModule
 
 SHOWN = {"rollout/accuracy", "rollout/length", "perf/rollout_tokens_per_s"}

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kimivl import ranks
 from kimivl.data.loader import PackLoader
 from kimivl.data.mixture import Limits, Uses, uses_of_epoch
 from kimivl.data.plan import Plan, plan_epoch
+from kimivl.runtime import ranks
 from kimivl.stages.datamodule import Phase, StageDataModule
 
 log = logging.getLogger(__name__)

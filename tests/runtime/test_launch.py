@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from kimivl import launch
-from kimivl.launch import Place, check_launch, find_place, rank_overrides
+from kimivl.runtime import launch
+from kimivl.runtime.launch import Place, check_launch, find_place, rank_overrides
 
 SRUN = {
     "SLURM_JOB_ID": "17",
@@ -151,7 +151,7 @@ def test_ranks_meet_where_their_launcher_lets_them(environ):
 def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path, capsys):
     from omegaconf import OmegaConf
 
-    from kimivl.beforehand import Beforehand
+    from kimivl.runtime.beforehand import Beforehand
 
     (tmp_path / "file").touch()
     config = OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path / "file/run")}, "sweep": {"dir": "unused"}}})
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path, capsy
 
 
 def test_a_multirun_of_ranks_is_refused_before_its_first_job(environ, capsys):
-    from kimivl.beforehand import Beforehand
+    from kimivl.runtime.beforehand import Beforehand
 
     environ(**TORCHRUN | {"RANK": "0"})
     with pytest.raises(SystemExit, match="2"):
@@ -176,7 +176,7 @@ def test_a_multirun_of_ranks_is_refused_before_its_first_job(environ, capsys):
 ABANDONED = """
 import sys, torch, torch.distributed as dist
 from datetime import timedelta
-from kimivl import launch
+from kimivl.runtime import launch
 
 launch.ENDS_WITHIN = 2
 with launch.joined(launch.find_place(), "cpu", timedelta(minutes=10)):

@@ -1,7 +1,7 @@
 """What the processes of one run say to each other, beyond gradients: decisions, results, failures.
 
 A rank is one process with one device. Without a process group there is one rank, and everything here is then free.
-What is exchanged are Python objects on the CPU; ``kimivl.launch`` makes the group.
+What is exchanged are Python objects on the CPU; ``kimivl.runtime.launch`` makes the group.
 """
 
 from __future__ import annotations

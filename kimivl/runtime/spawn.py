@@ -1,6 +1,6 @@
 """Starts the ranks of a run on this machine; passes on the signals that it gets, and how they ended.
 
-``python kimivl/spawn.py 2 train.py stage=sft ...``: what `kimivl.launch` turns a single run on several devices into.
+``python kimivl/runtime/spawn.py 2 train.py stage=sft ...``: what ``launch`` turns a single run on several devices into.
 The ranks have torchrun's variables. Unlike torchrun this needs no torch, hands every signal on as it is, once, gives
 the ranks all the time they take to save, and ends with their exit code and without a traceback of its own. Only the
 standard library is used: this file is run by its path.

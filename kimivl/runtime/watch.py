@@ -29,9 +29,9 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from kimivl import ranks
 from kimivl.config import Interrupted
-from kimivl.heartbeats import LOST_AFTER, Board, Peer, State, Verdict, verdict_on
+from kimivl.runtime import ranks
+from kimivl.runtime.heartbeats import LOST_AFTER, Board, Peer, State, Verdict, verdict_on
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kimivl import signals
 from kimivl.config import Interrupted
-from kimivl.launch import find_place
+from kimivl.runtime import signals
+from kimivl.runtime.launch import find_place
 
 NOTHING, STOP, GO_ON_LATER = 0, 1, 2
 SIGNALS = {signal.SIGINT: STOP, signal.SIGTERM: STOP, signal.SIGUSR1: GO_ON_LATER, signal.SIGUSR2: GO_ON_LATER}
@@ -62,9 +62,9 @@ class _Listener:
 
     def tell(self) -> None:
         """Ranks that are in rollouts look for the word; one that cannot be told learns it from its own signal."""
-        if "kimivl.ranks" in sys.modules:
+        if "kimivl.runtime.ranks" in sys.modules:
             with suppress(RuntimeError):  # the rank that keeps the words has left
-                sys.modules["kimivl.ranks"].post(_WORD, str(self.asked))
+                sys.modules["kimivl.runtime.ranks"].post(_WORD, str(self.asked))
 
 
 _listener = _Listener()
@@ -122,7 +122,7 @@ def asked() -> bool:
 
 def agreed() -> bool:
     """Whether any rank was asked to stop; all ranks must call it. Costs no synchronisation with a GPU."""
-    from kimivl import ranks
+    from kimivl.runtime import ranks
 
     _listener.asked = ranks.largest(_listener.asked)
     return asked()
@@ -151,7 +151,7 @@ def until_asked(work: Callable[[], None]) -> None:
 @contextmanager
 def told_apart() -> Iterator[None]:
     """A rank that another one leaves on a signal was interrupted too, whatever it makes of that."""
-    from kimivl import ranks
+    from kimivl.runtime import ranks
 
     try:
         yield

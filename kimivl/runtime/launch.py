@@ -2,7 +2,7 @@
 
 Lightning's own launcher re-runs the command line in child processes. In a multirun those children would run the
 whole sweep again, with other values in the same process group, and end with exit code 0. A single run on several
-devices of one machine starts its ranks by `kimivl.spawn`, which leaves them torchrun's variables.
+devices of one machine starts its ranks by `kimivl.runtime.spawn`, which leaves them torchrun's variables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from kimivl import signals
+from kimivl.runtime import signals
 
 Launcher = Literal["process", "torchrun", "submitit", "srun"]
 
@@ -263,7 +263,7 @@ def _abandon(seconds: int) -> None:
 
 
 def _rendezvous(place: Place, timeout: timedelta) -> dict[str, Any]:
-    """Where the ranks meet: at the socket that `kimivl.spawn` holds for them, or where torch's variables say."""
+    """Where the ranks meet: at the socket that ``spawn`` holds for them, or where torch's variables say."""
     if (socket := os.environ.get("KIMIVL_STORE")) is None:
         return {}
     from torch.distributed import TCPStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TextIO
 
-from kimivl.launch import find_place
+from kimivl.runtime.launch import find_place
 
 
 class Console(logging.StreamHandler[TextIO]):

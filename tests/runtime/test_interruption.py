@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from command import ROOT
 
-from kimivl import interruption, signals
 from kimivl.config import Interrupted
-from kimivl.interruption import NOT_BEGUN, REQUEUES, REQUEUES_WITHOUT_A_STEP, listening
+from kimivl.runtime import interruption, signals
+from kimivl.runtime.interruption import NOT_BEGUN, REQUEUES, REQUEUES_WITHOUT_A_STEP, listening
 
 RUNNING = "JobId=7 JobState=RUNNING PreemptTime=None"
 PREEMPTED = "JobId=7 JobState=RUNNING PreemptTime=2026-01-01T00:00:00"
@@ -176,8 +176,8 @@ def test_a_signal_between_two_jobs_of_a_process_waits_for_the_second(tmp_path, n
     code = (
         "import os, sys, threading, time\n"
         "from pathlib import Path\n"
-        "from kimivl import signals\n"
-        "from kimivl.interruption import listening\n"
+        "from kimivl.runtime import signals\n"
+        "from kimivl.runtime.interruption import listening\n"
         "with listening(Path(sys.argv[1])):\n"
         "    threading.Thread(target=time.sleep, args=[60], daemon=True).start()\n"
         "    signals.hold()\n"
@@ -197,7 +197,7 @@ def test_a_signal_while_torch_is_imported(tmp_path):
     code = (
         "import os, signal, sys, threading, time\n"
         "from pathlib import Path\n"
-        "from kimivl.interruption import listening\n"
+        "from kimivl.runtime.interruption import listening\n"
         "with listening(Path(sys.argv[1])):\n"
         "    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGUSR2]).start()\n"
         "    import torch\n"

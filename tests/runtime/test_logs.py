@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from kimivl.logs import Console, RunFile
+from kimivl.runtime.logs import Console, RunFile
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -9,8 +9,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from kimivl import signals
-from kimivl.launch import check_multirun, find_place
+from kimivl.runtime import signals
+from kimivl.runtime.launch import check_multirun, find_place
 
 
 class Beforehand(Callback):

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from kimivl.lock import LOCK_FILE, only_run_in
+from kimivl.runtime.lock import LOCK_FILE, only_run_in
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from kimivl.lock import only_run_in
+from kimivl.runtime.lock import only_run_in
 with only_run_in(Path(sys.argv[1])):
     if os.fork() == 0:  # as a loader worker: it has no part in the lock
         time.sleep(60)
@@ -46,7 +46,11 @@ def test_the_lock_is_given_back(tmp_path):
     for _ in range(2):
         with only_run_in(tmp_path / "run", patience=0.0):
             pass
-    again = "import sys, pathlib, kimivl.lock as lock\nwith lock.only_run_in(pathlib.Path(sys.argv[1]), 0): pass"
+    again = (
+        "import sys, pathlib\n"
+        "from kimivl.runtime.lock import only_run_in\n"
+        "with only_run_in(pathlib.Path(sys.argv[1]), 0): pass"
+    )
     subprocess.run([sys.executable, "-c", again, tmp_path / "run"], check=True)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from in_ranks import in_ranks
 
-from kimivl import interruption, ranks
-from kimivl.interruption import listening
+from kimivl.runtime import interruption, ranks
+from kimivl.runtime.interruption import listening
 
 
 def _exchange() -> dict:

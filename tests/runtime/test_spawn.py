@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kimivl import signals, spawn
+from kimivl.runtime import signals, spawn
 
 PREAMBLE = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
