@@ -169,7 +169,7 @@ class NonFinite(Callback):
             torch.save(record, self.folder / name)
         except (OSError, RuntimeError) as error:  # a full disk: the step is bad all the same
             return f"Its packs could not be saved ({error})."
-        keys = [key for pack in packs for key in pack["keys"]]
+        keys = list(dict.fromkeys(key for pack in packs for key in pack["keys"]))  # in RL: one of several responses
         more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
         samples = f" (samples {', '.join(keys[:SHOWN])}{more})" if keys else ""
         return f"The {'packs are' if len(packs) > 1 else 'pack is'} in {self.folder / name}{samples}."

@@ -226,9 +226,10 @@ def members_of(experience: Experience, dealt: Deal, number: int) -> list[int]:
 
 
 def _pack(experience: Experience, members: Sequence[int], prompts: Mapping[int, EncodedSample]) -> PackedBatch:
-    return pack_samples(
-        [trajectory(prompts[int(experience.problem[member])], experience.response(member)) for member in members]
-    )
+    problems = experience.problem[members]
+    shown = zip(problems.tolist(), members, strict=True)
+    pack = pack_samples([trajectory(prompts[problem], experience.response(member)) for problem, member in shown])
+    return replace(pack, samples=problems)
 
 
 def _trajectories(experience: Experience, members: Sequence[int], of_step: Sequence[int]) -> Trajectories:

@@ -89,7 +89,14 @@ def test_one_bad_pack_of_several_is_the_one_that_is_kept(fit, tmp_path, pack):
 
 def test_a_kept_pack_can_be_run_again_in_rl(fit, tmp_path):
     trainer = fit(*RL, callbacks=[NonFinite(str(tmp_path / "bad")), FaultAt("not_a_number", 1)])
-    [batch] = load_packs(tmp_path / "bad" / "step-000001-rank0.pt")
+    file = tmp_path / "bad" / "step-000001-rank0.pt"
+    [batch] = load_packs(file)
+    [entry] = torch.load(file, weights_only=True)["packs"]
+    index, segments = trainer.datamodule.index, batch.pack.input_ids.split(batch.pack.cu_seqlens.diff().tolist())
+    places = {index.key(number): number for number in range(len(index))}
+    problems = trainer.datamodule.read_problems(index, [places[key] for key in entry["keys"]])
+    for problem, segment in zip(problems, segments, strict=True):  # a prompt and a response
+        assert torch.equal(segment[: len(problem.prompt)], problem.prompt.input_ids)
     module = trainer.lightning_module
     loss, _ = module.objective(module.log_probs(batch), batch.trajectories)
     assert torch.isfinite(loss)
