@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 from command import ROOT, train
 from slurm_cluster import Cluster, Missing, short
+from without import without
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +20,7 @@ def cluster() -> Iterator[Cluster]:
         try:
             running = stack.enter_context(Cluster(nodes=2))
         except Missing as missing:
-            pytest.skip(f"SLURM: {missing}")
+            without(f"SLURM: {missing}")
         yield running
 
 
@@ -36,10 +38,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(root: Path) -> Path:
+def uninterrupted(root: Path) -> Callable[..., Path]:
+    """The folder of an uninterrupted run on so many ranks with a seed, made when it is asked for first."""
+
+    @cache
+    def run(ranks: int, seed: int = 1) -> Path:
+        folder = root / f"whole-{ranks}-{seed}"
+        train(*short(root), f"trainer.devices={ranks}", f"seed={seed}", f"paths.output_dir={folder}")
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole(uninterrupted: Callable[..., Path]) -> Path:
     """The folder of an uninterrupted run on two ranks."""
-    train(*short(root), "trainer.devices=2", f"paths.output_dir={root}/whole")
-    return root / "whole"
+    return uninterrupted(2)
 
 
 @pytest.fixture

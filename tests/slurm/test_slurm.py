@@ -22,7 +22,9 @@ def same_curve(run: Path, whole: Path) -> None:
     """Every figure of training and validation, and the model, to the bit."""
     for name in ("train/loss", "train/grad_norm", "val/accuracy"):
         assert history(run, name) == history(whole, name) and history(run, name)
-    for file in sorted((whole / "model").glob("*.safetensors")):
+    files = sorted((whole / "model").glob("*.safetensors"))
+    assert files
+    for file in files:
         assert (run / "model" / file.name).read_bytes() == file.read_bytes()
 
 
@@ -79,7 +81,7 @@ def test_a_cancelled_job_is_saved_and_not_requeued(nodes, sbatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_time_out_is_told_before_it_comes(nodes, sbatch, tmp_path):
+def test_a_time_out_is_told_before_it_comes(nodes, sbatch, uninterrupted, tmp_path):
     # SLURM looks at times twice a minute, and may tell a job a minute early.
     job = sbatch(*pause(tmp_path), options=("--time=2", "--signal=USR2@45"), tasks=1)
     reached(nodes, job, tmp_path)
@@ -87,10 +89,19 @@ def test_a_time_out_is_told_before_it_comes(nodes, sbatch, tmp_path):
     assert status(tmp_path / "run") == "interrupted"
     nodes.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
     assert nodes.job(job)["ExitCode"] == "0:0" and status(tmp_path / "run") == "finished"
+    same_curve(tmp_path / "run", uninterrupted(1))
+
+
+def test_a_job_that_asks_for_other_tasks_than_it_has(nodes, sbatch, tmp_path):
+    job = sbatch("trainer.devices=3", tasks=2)
+    nodes.wait_for_state(job, "COMPLETED", "FAILED")
+    assert nodes.job(job)["JobState"] == "FAILED" and "Traceback" not in _log(tmp_path), _log(tmp_path)
+    sentence = "trainer.devices=3 trainer.num_nodes=1, but srun started 2 on each of 1 nodes: set trainer.devices=2"
+    assert _log(tmp_path).count(sentence) == 1, _log(tmp_path)
 
 
 @pytest.mark.slow
-def test_an_array_with_jobs_that_fail_and_jobs_that_are_requeued(nodes, sweep, tmp_path):
+def test_an_array_with_jobs_that_fail_and_jobs_that_are_requeued(nodes, sweep, uninterrupted, tmp_path):
     own = [FIRST, "+callbacks.pause={reached: '${paths.output_dir}/reached', step: 3, seconds: 300}"]
     typed = sweep("seed=1,2", "init_from=null,/nowhere", "hydra.launcher.array_parallelism=2", *own)
     folder = tmp_path / "sweep"
@@ -108,8 +119,52 @@ def test_an_array_with_jobs_that_fail_and_jobs_that_are_requeued(nodes, sweep, t
         nodes.start_again(f"{first}_{task}")
     printed = typed.communicate(timeout=400)[0]
     assert typed.returncode == 1 and "2 of 4 jobs" in printed and "Traceback" not in printed, printed
-    runs = [json.loads(file.read_text()) for file in folder.rglob("run.json")]
-    assert sorted(run["config"]["seed"] for run in runs if run["status"] == "finished") == [1, 2]
+    finished = finished_by_seed(folder)
+    assert sorted(finished) == [1, 2]
+    for seed, run in finished.items():
+        same_curve(run, uninterrupted(1, seed))
+
+
+@pytest.mark.slow
+def test_an_array_of_jobs_with_two_tasks(nodes, sweep, uninterrupted, tmp_path):
+    """One of the two jobs is told to make room in mid-run; the other trains undisturbed."""
+    wholes = {seed: uninterrupted(2, seed) for seed in (1, 2)}
+    (tmp_path / "reached-2").touch()  # the second does not pause
+    own = [FIRST, f"+callbacks.pause={{reached: '{tmp_path}/reached-${{seed}}', step: 3, seconds: 300}}"]
+    typed = sweep("seed=1,2", "trainer.devices=2", *own)
+    folder = tmp_path / "sweep"
+
+    def first_reached() -> bool:
+        assert typed.poll() is None, typed.communicate()[0] + _logs(folder)
+        return (tmp_path / "reached-1").exists()
+
+    wait_for(first_reached, lambda: _logs(folder), 300)
+    array = nodes.queue()[0].split("_")[0]
+    assert nodes.job(f"{array}_0")["NumTasks"] == "2"
+    nodes.run("scancel", "--signal=USR2", f"{array}_0")
+    nodes.start_again(f"{array}_0")
+    printed = typed.communicate(timeout=300)[0]
+    assert typed.returncode == 0, printed + _logs(folder)
+    assert _logs(folder).count("is put back into the queue") == 1, _logs(folder)  # by one of the tasks, once
+    finished = finished_by_seed(folder)
+    assert sorted(finished) == [1, 2], printed + _logs(folder)
+    for seed, run in finished.items():
+        same_curve(run, wholes[seed])
+
+
+@pytest.mark.slow
+def test_a_job_with_two_tasks_on_this_machine(root, whole, tmp_path):
+    words = ["-m", "hydra/launcher=local", f"hydra.sweep.dir={tmp_path}", *short(root), "trainer.devices=2", "seed=1"]
+    train(*words, OMP_NUM_THREADS="1")
+    finished = finished_by_seed(tmp_path)
+    assert list(finished) == [1]
+    same_curve(finished[1], whole)
+
+
+def finished_by_seed(sweep: Path) -> dict[int, Path]:
+    """The folders of the runs of a sweep that have finished."""
+    runs = {file.parent: json.loads(file.read_text()) for file in sorted(sweep.rglob("run.json"))}
+    return {run["config"]["seed"]: folder for folder, run in runs.items() if run["status"] == "finished"}
 
 
 def _logs(folder: Path) -> str:
