@@ -24,7 +24,7 @@ from kimivl.model.official_writing import sync
 from kimivl.model.parallel import assembled
 from kimivl.model.tokenizer import load_tokenizer
 from kimivl.rl.types import Policy
-from kimivl.runtime import ranks
+from kimivl.runtime import interruption, ranks
 
 LAST = Path("checkpoints/last.ckpt")
 MODEL = Path("model")
@@ -127,9 +127,12 @@ def export_model(model: KimiVLForConditionalGeneration, processor: Any, folder: 
 
 
 def hand_over(model: KimiVLForConditionalGeneration, processor: Any, folder: Path) -> None:
-    """``export_model`` by rank 0, of a model that may be cut up over the ranks. All ranks call this."""
+    """``export_model`` by rank 0, of a model that may be cut up over the ranks. All ranks call this.
+
+    A signal ends the writing, which takes minutes for a large model; the folder is then as it was before.
+    """
     with assembled(model):
-        ranks.share(lambda: export_model(model, processor, folder))
+        interruption.until_asked(lambda: ranks.share(lambda: export_model(model, processor, folder)))
 
 
 def describe_model(model: KimiVLForConditionalGeneration, processor: Any, folder: Path) -> None:
@@ -194,7 +197,7 @@ def resume_path(output_dir: Path, ckpt_path: str | None, unfinished: bool) -> Pa
         return last
     if ckpt_path is None:
         return None
-    path = last if ckpt_path == "last" else Path(ckpt_path)
+    path = last if ckpt_path == "last" else Path(ckpt_path).absolute()
     put_back(path)
     if not path.exists():
         raise ValueError(

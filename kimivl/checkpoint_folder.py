@@ -260,14 +260,16 @@ class _Reader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        if module.startswith("torch.distributed.checkpoint.") and isinstance(found, type):
-            return found
         if (module, name) in _HARMLESS:
-            return found
+            return super().find_class(module, name)
+        if module in _DESCRIBING and "." not in name:  # with a dot it would reach whatever the module has imported
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint needs")
 
 
+_DESCRIBING = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem")}
 _HARMLESS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
 _HARMLESS |= {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("torch", "device")}
 _HARMLESS |= {("torch", dtype) for dtype in dir(torch) if isinstance(getattr(torch, dtype), torch.dtype)}

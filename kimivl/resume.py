@@ -52,6 +52,8 @@ _MAY_DIFFER |= {
     f"{owner}{group}.{key}" for group, keys in _SERVICES.items() for key in keys.split() for owner in ("", "module.")
 }
 """Keys that a run may change when it goes on from its own checkpoint."""
+_OF_A_FOLDER = ("paths.", "name", "module.", "init_from")
+"""Of the settings in which a run differs from one in another folder: what is no news, or is said under another key."""
 
 
 def done_before(output_dir: Path, config: dict[str, Any]) -> dict[str, float]:
@@ -71,9 +73,10 @@ def begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Pa
     """What to go on from; the folder is made ready for it, and says that the run is running."""
     resume = _resume(output_dir, ckpt_path, config)
     own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
-    tracking.begin_run(output_dir, config, own)
+    # Before run.json says that a run is unfinished here: should this one end at once, the next would take them for its.
     for file in (METRICS_FILE, *(() if own else (LAST,))):
         remove(output_dir / file)  # an earlier run's, which this one does not go on from
+    tracking.begin_run(output_dir, config, own)
     if not own:
         shutil.rmtree(output_dir / AUDIT, ignore_errors=True)
         if resume is not None and (elsewhere := resume.parents[1] / AUDIT).is_dir():
@@ -82,22 +85,33 @@ def begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Pa
 
 
 def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
-    """What to go on from; an unfinished run of this folder goes on, but only with the settings that it began with."""
+    """What to go on from. A run of this folder goes on only with the settings that it began with; a checkpoint of
+    another folder may begin a run with others, which are then said."""
     before = _read_run(output_dir)
     unfinished = before.get("status") in ("running", "interrupted", "failed")
     resume = resume_path(output_dir, ckpt_path, unfinished)
     if resume is None:
         return None
-    own = unfinished and resume == output_dir / LAST
-    check_checkpoint(resume, own, config["stage"])
-    if own:
-        # What `module` refers to differs there too: the shortest key is the one that a user types.
-        for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
-            raise ValueError(
-                f"{output_dir} holds an unfinished run with another {key} ({how}); go on with its settings, "
-                f"or remove {resume} to start anew"
-            )
+    here = resume.resolve() == (output_dir / LAST).resolve()
+    check_checkpoint(resume, here and unfinished, config["stage"])
+    came_from = before if here else _read_run(resume.parents[1])
+    # What `module` refers to differs there too: the shortest key is the one that a user types.
+    differing = sorted(_differences(came_from.get("config", config), config), key=lambda found: found[0].count("."))
+    if here and differing:
+        key, how = differing[0]
+        anew = (
+            f"remove {resume} to start anew"
+            if unfinished
+            else f"begin another run from its model, with init_from={output_dir / 'model'} name=NAME"
+        )
+        raise ValueError(
+            f"{output_dir} holds {'an unfinished' if unfinished else 'a finished'} run with another {key} ({how}); "
+            f"go on with its settings, or {anew}"
+        )
     log.info("going on from %s", resume)
+    others = [f"{key} ({how})" for key, how in differing if not key.startswith(_OF_A_FOLDER)]
+    if others:
+        log.warning("settings that this checkpoint was not made with: %s", "; ".join(others))
     return resume
 
 

@@ -22,13 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from kimivl import tracking
 from kimivl.callbacks import CheckpointFiles, Watchdog
+from kimivl.callbacks.preemption import TRAINED
 from kimivl.checkpoint import LAST, MODEL, check_init_from, hand_over
 from kimivl.config import Interrupted, validate
 from kimivl.memory.check import check_memory
 from kimivl.resume import begin, done_before
-from kimivl.runtime import ranks
+from kimivl.runtime import interruption, ranks
 from kimivl.runtime.faults import explained
-from kimivl.runtime.interruption import told_apart
 from kimivl.runtime.launch import Place, find_place, joined
 from kimivl.runtime.lock import only_run_in
 from kimivl.runtime.watch import Watch
@@ -70,18 +70,13 @@ def _one_voice(place: Place) -> Iterator[None]:
     except (Exception, Interrupted) as error:
         if place.world_size == 1 or place.launcher == "submitit":
             raise
+        if isinstance(error, Interrupted):  # rank 0 says how the run ends, and puts the job back into the queue
+            raise error if ranks.is_first() else SystemExit(0) from error
         if ranks.said_elsewhere(str(error)):
-            raise SystemExit(_code(error)) from error
+            raise SystemExit(2 if isinstance(error, ValueError | InstantiationException) else 1) from error
         if not ranks.is_first() and not isinstance(error, ranks.PeerFailed):
             print(f"\nrank {place.rank}:", end="", file=sys.stderr)  # the message follows
         raise
-
-
-def _code(error: BaseException) -> int:
-    """Of a rank that leaves saying nothing; 0 when all stop on a signal: it is rank 0 that says how the run ended."""
-    if isinstance(error, Interrupted):
-        return 0
-    return 2 if isinstance(error, ValueError | InstantiationException) else 1
 
 
 def _run(cfg: DictConfig, output_dir: Path, overrides: list[str], watch: Watch) -> float | None:
@@ -93,11 +88,13 @@ def _run(cfg: DictConfig, output_dir: Path, overrides: list[str], watch: Watch) 
     resume = ranks.share(lambda: begin(output_dir, cfg.ckpt_path, config))
     _quiet()
     seed_everything(cfg.seed, verbose=False)
-    loggers = [tracking.History(output_dir), *_instantiated(cfg.logger)]
+    loggers: list[Any] = [tracking.History(output_dir)]
     watch.on_end = lambda text: tracking.write_run(output_dir, "failed", config, text)
     outcome = "failed"
     try:
-        with told_apart():
+        with interruption.told_apart():
+            for logger in _instantiated(cfg.logger):
+                loggers.append(logger)  # each is closed, also when the next cannot be made
             metrics = _fit_and_hand_over(cfg, output_dir, loggers, config, resume, watch)
         outcome = "success"
         tracking.write_run(output_dir, "finished", config)
@@ -127,7 +124,7 @@ def _fit_and_hand_over(
 ) -> dict[str, float]:
     datamodule = instantiate(cfg.data, _convert_="all")
     module = instantiate(cfg.module, _convert_="all")
-    callbacks = _instantiated(cfg.callbacks)
+    callbacks = list(_instantiated(cfg.callbacks))
     for callback in callbacks:
         if isinstance(callback, Watchdog):
             callback.watch = watch
@@ -158,6 +155,8 @@ def _train_and_test(
             trainer.validate(module, datamodule, verbose=False)  # the fit did not end with a validation
         metrics |= _floats(trainer)
     hand_over(module.model, datamodule.processor, output_dir / MODEL)
+    if interruption.agreed():
+        raise Interrupted(TRAINED)
     if cfg.test:
         trainer.test(module, datamodule, verbose=False)
         metrics |= _floats(trainer)
@@ -190,9 +189,11 @@ def _plugins(strategy: Any) -> list[Any]:
     return [place] if isinstance(strategy, DictConfig) else [place, CheckpointFiles()]
 
 
-def _instantiated(group: DictConfig | None) -> list[Any]:
-    """The objects of a group of named targets; an entry that is null is left out."""
-    return [instantiate(node, _convert_="all") for node in (group or {}).values() if node is not None]
+def _instantiated(group: DictConfig | None) -> Iterator[Any]:
+    """The objects of a group of named targets, one by one; an entry that is null is left out."""
+    for node in (group or {}).values():
+        if node is not None:
+            yield instantiate(node, _convert_="all")
 
 
 def _floats(trainer: Trainer) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -27,6 +28,7 @@ class FaultAt(Callback):
             self._strike()
 
     def _strike(self) -> None:
+        print(f"struck at {time.time()}", file=sys.stderr, flush=True)
         if self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.what == "leave":

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kimivl import checkpoint
 from kimivl.checkpoint import LAST, build_model, check_init_from, export_model, load_processor, resume_path
 from kimivl.config import compose_run
 from kimivl.model import KimiVLForConditionalGeneration, KimiVLImageProcessor, KimiVLProcessor
+from kimivl.runtime import interruption
 from kimivl.tasks.digits import write
 
 
@@ -80,6 +82,20 @@ def test_a_disk_that_fills_up_leaves_the_folder_of_before(exported, another, pro
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_signal_ends_the_hand_over_and_leaves_the_folder_of_before(
+    exported, another, processor, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    monkeypatch.setattr(checkpoint, "put_in_place", lambda *paths: signal.raise_signal(signal.SIGUSR2))
+    with interruption.listening(tmp_path):
+        interruption.wait_for_a_step()
+        checkpoint.hand_over(another, processor, folder)
+        assert interruption.agreed()  # the run asks, and stops there
+    assert (folder / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchanged at once", "renamed twice"])

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kimivl.config import Interrupted
 from kimivl.runtime import interruption
 
+TRAINED = "the training is done and saved; the same command goes on with what follows it"
 ROLLOUTS_KEPT = "the rollouts so far are kept; the same command goes on with them"
 
 
@@ -114,7 +115,7 @@ class Preemption(Callback):
 
     def _leave(self) -> None:
         self._leave_if_saved()
-        raise Interrupted("the training is done and saved; the same command goes on with what follows it")
+        raise Interrupted(TRAINED)
 
 
 def _nothing() -> None:

@@ -10,14 +10,14 @@ from kimivl.runtime.watch import Watch
 
 
 class Watchdog(Callback):
-    """Signs of progress for ``kimivl.runtime.watch``: batches, validation batches, responses. Whatever else a run does
-    (index, model, export) may take any time.
+    """Signs of progress for ``kimivl.runtime.watch``: batches, validation batches, responses. What comes before the
+    index is there may take any time.
 
     Args:
         step_minutes: how long nothing may get on in training, on any rank, before the run is ended with the stacks of
             all ranks. null never ends it.
-        generation_minutes: the same while responses are drawn, where one of them may be long, and while a checkpoint
-            is written.
+        generation_minutes: the same while responses are drawn, where one of them may be long, and in everything else:
+            reading a model, checkpoints, export.
     """
 
     def __init__(self, step_minutes: float | None = 30.0, generation_minutes: float | None = 240.0) -> None:
@@ -32,6 +32,9 @@ class Watchdog(Callback):
         if self.watch is not None:
             self.watch.mark(limit, doing)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._mark(self.generation, "setting up")  # the datamodule has its index by now
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._mark(self.step, f"training, step {trainer.global_step + 1}, on {describe(batch)}")
 
@@ -39,10 +42,10 @@ class Watchdog(Callback):
         self._mark(self.step, "waiting for data")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(None, "preparing an epoch")
+        self._mark(self.generation, "preparing an epoch")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(None, "ending")
+        self._mark(self.generation, "ending")
 
     def on_save_checkpoint(self, *args: Any) -> None:
         self._mark(self.generation, "saving a checkpoint")
@@ -55,7 +58,7 @@ class Watchdog(Callback):
         self._mark(self.generation, f"drawing responses ({done} of {total} are there)")
 
     def on_rollouts_end(self) -> None:
-        self._mark(None, "preparing an epoch")
+        self._mark(self.generation, "preparing an epoch")
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._mark(self.generation, "validating")
@@ -64,7 +67,7 @@ class Watchdog(Callback):
         self._mark(self.generation, "validating")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(None, "after a validation")
+        self._mark(self.generation, "after a validation")
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._mark(self.generation, "testing")
@@ -73,7 +76,7 @@ class Watchdog(Callback):
         self._mark(self.generation, "testing")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(None, "ending")
+        self._mark(self.generation, "ending")
 
 
 def describe(batch: Any) -> str:

@@ -214,10 +214,23 @@ def _times_without_a_step(file: Path) -> int:
     if _listener.advanced:
         file.unlink(missing_ok=True)
         return 0
-    times = 1 + (json.loads(file.read_text())["without_a_step"] if file.is_file() else 0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"without_a_step": times}) + "\n")
+    times = 1 + _counted(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"without_a_step": times}) + "\n")
+    except OSError as error:  # a full disk is no reason to lose the place in the queue
+        print(f"\n{file} cannot be written ({error.strerror}): this start is not counted", file=sys.stderr)
     return times
+
+
+def _counted(file: Path) -> int:
+    if not file.is_file():
+        return 0
+    try:
+        return int(json.loads(file.read_text())["without_a_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        print(f"\n{file} cannot be read: starts without a step are counted anew", file=sys.stderr)
+        return 0
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:

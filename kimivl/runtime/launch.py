@@ -90,6 +90,22 @@ def check_launch(trainer: Mapping[str, Any], multirun: bool) -> Place:
     """
     place = find_place()
     gpus = _visible_gpus(trainer.get("accelerator"))
+    try:
+        _check_asked(place, trainer, gpus, multirun)
+    except ValueError:
+        if place.rank and place.launcher != "submitit":  # whose tasks have a log each; elsewhere rank 0 says it for all
+            raise SystemExit(0) from None  # another code might have rank 0 ended before it speaks
+        raise
+    if gpus is not None and place.local_rank >= gpus:
+        raise ValueError(
+            f"rank {place.rank} is number {place.local_rank} of its node but sees {gpus} GPUs: every task must see "
+            "all GPUs of its node; under SLURM ask for them with --gpus-per-node, not --gpus-per-task"
+        )
+    return place
+
+
+def _check_asked(place: Place, trainer: Mapping[str, Any], gpus: int | None, multirun: bool) -> None:
+    """What comes out alike on all ranks."""
     devices, nodes = count_devices(trainer["devices"], gpus, place, multirun), trainer["num_nodes"]
     if not isinstance(nodes, int) or nodes < 1:
         raise ValueError(f"trainer.num_nodes={nodes} must be a whole number of at least 1")
@@ -99,12 +115,6 @@ def check_launch(trainer: Mapping[str, Any], multirun: bool) -> Place:
     if multirun:
         check_multirun()
     _check_tasks(place, devices, nodes)
-    if gpus is not None and place.local_rank >= gpus:
-        raise ValueError(
-            f"rank {place.rank} is number {place.local_rank} of its node but sees {gpus} GPUs: every task must see "
-            "all GPUs of its node; under SLURM ask for them with --gpus-per-node, not --gpus-per-task"
-        )
-    return place
 
 
 def check_multirun() -> None:

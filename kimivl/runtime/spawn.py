@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-GRACE = 30.0
-"""Seconds in which the other ranks may end by themselves after one has failed."""
+GRACE = 180.0
+"""Seconds in which the other ranks may end by themselves after one has failed: W&B may take two minutes of them."""
 
 _POLL = 0.05
 _PR_SET_PDEATHSIG = 1

@@ -1,5 +1,6 @@
 """What cannot be gone on with is refused before anything is built, in one sentence that says what to type."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from kimivl import tracking
 from kimivl.checkpoint import LAST
-from kimivl.checkpoint_folder import write_folder
+from kimivl.checkpoint_folder import _Reader, write_folder
 from kimivl.resume import begin, check_checkpoint
 
 
@@ -74,3 +75,47 @@ def test_a_folder_that_was_moved_goes_on_but_not_with_other_settings(checkpoint,
     assert begin(new, None, config(new)) == new / LAST
     with pytest.raises(ValueError, match="another seed"):
         begin(new, None, config(new, seed=2))
+
+
+def test_a_finished_run_is_gone_on_from_with_its_own_settings_only(checkpoint, tmp_path, caplog):
+    folder, config = checkpoint.parents[1], {"stage": "sft", "seed": 1, "data": {"phases": [1]}}
+    tracking.write_run(folder, "finished", config)
+    with pytest.raises(ValueError, match=r"a finished run with another data\.phases.*init_from=.*/sft/model name=NAME"):
+        begin(folder, "last", config | {"data": {"phases": [1, 2]}})
+    assert tracking.read_run(folder)["status"] == "finished"
+    assert begin(folder, "last", config) == folder / LAST
+    assert begin(tmp_path / "other", str(checkpoint), config | {"seed": 2}) == checkpoint
+    assert "settings that this checkpoint was not made with: seed (1, now 2)" in caplog.text
+
+
+def test_a_new_run_that_ends_at_once_leaves_no_checkpoint_of_the_one_before(checkpoint, monkeypatch):
+    folder = checkpoint.parents[1]
+    tracking.write_run(folder, "finished", {"stage": "sft", "seed": 1})
+    begin_run = tracking.begin_run
+
+    def interrupted(*arguments) -> None:
+        begin_run(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracking, "begin_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        begin(folder, None, {"stage": "sft", "seed": 2})
+    assert tracking.read_run(folder)["status"] == "running" and not checkpoint.exists()
+
+
+def test_a_folder_of_many_ranks_may_make_nothing_but_tensors(checkpoint, tmp_path):
+    """``.metadata`` is a pickle, and could name whatever torch has imported."""
+    folder, ran = tmp_path / "last.ckpt", tmp_path / "ran"
+    write_folder(torch.load(checkpoint, weights_only=True), folder)
+    read = _Reader(folder).read_metadata()
+    assert read.state_dict_metadata
+    module = "torch.distributed.checkpoint.filesystem"
+    for name in ("os.system", "torch.utils.collect_env.subprocess.Popen"):
+        called = pickle.SHORT_BINUNICODE + bytes([len(module)]) + module.encode()
+        called += pickle.SHORT_BINUNICODE + bytes([len(name)]) + name.encode() + pickle.STACK_GLOBAL
+        word = f"touch {ran}".encode()
+        called += pickle.SHORT_BINUNICODE + bytes([len(word)]) + word + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+        (folder / ".metadata").write_bytes(pickle.PROTO + b"\x04" + called)
+        with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
+            _Reader(folder).read_metadata()
+    assert not ran.exists()

@@ -99,6 +99,19 @@ def test_a_job_that_never_makes_a_step_does_not_go_round_for_ever(slurm, tmp_pat
     assert not (tmp_path / REQUEUES).exists()  # the run is done
 
 
+def test_a_count_that_cannot_be_read_or_written_costs_no_place_in_the_queue(slurm, tmp_path, monkeypatch, capsys):
+    (tmp_path / REQUEUES).write_text("")  # a full disk cut it short
+    assert stopped(tmp_path, signal.SIGUSR2).requeued
+    assert "cannot be read: starts without a step are counted anew" in capsys.readouterr().err
+
+    def full(*arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert stopped(tmp_path, signal.SIGUSR2).requeued
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+
+
 def test_a_controller_that_refuses_is_reported(slurm, tmp_path, capsys):
     slurm(RUNNING, 1, "slurm_requeue error: Requested operation is presently disabled")
     assert not stopped(tmp_path, signal.SIGUSR2).requeued

@@ -115,6 +115,11 @@ REFUSED = {
 @pytest.mark.parametrize(("variables", "trainer", "multirun", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_would_corrupt_is_refused_with_what_works(environ, variables, trainer, multirun, message):
     environ(**variables)
+    if "RANK" in variables or "SLURM_PROCID" in variables:
+        with pytest.raises(SystemExit) as silent:  # rank 3 leaves the word to rank 0
+            check_launch(trainer, multirun)
+        assert silent.value.code == 0
+        environ(**{name: "0" for name in ("RANK", "SLURM_PROCID") if name in variables})
     with pytest.raises(ValueError, match=message) as refused:
         check_launch(trainer, multirun)
     assert "\n" not in str(refused.value)

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from in_ranks import in_ranks
 
+from kimivl.config import Interrupted
+from kimivl.run import _one_voice
 from kimivl.runtime import interruption, ranks
 from kimivl.runtime.interruption import listening
+from kimivl.runtime.launch import find_place
 
 
 def _exchange() -> dict:
@@ -93,6 +96,25 @@ def _signalled(folder: Path, where: int) -> list[bool]:
 def test_a_signal_to_one_rank_is_one_to_all_at_the_next_step(tmp_path, where):
     found = in_ranks(_signalled, tmp_path, where)
     assert found[where] == [False, True, True, True] and found[1 - where] == [False, False, True, True]
+
+
+def _stopped_while_the_first_closes_slowly(folder: Path) -> tuple[str, int]:
+    """W&B takes its time on rank 0, which alone puts the job back into the queue."""
+    ranks.PATIENCE = 0.2
+    try:
+        with listening(folder), _one_voice(find_place()):
+            interruption.wait_for_a_step()
+            signal.raise_signal(signal.SIGUSR2)
+            if ranks.is_first():
+                time.sleep(1.0)
+            raise Interrupted("saved after step 3")
+    except (Interrupted, SystemExit) as error:
+        return type(error).__name__, error.code
+
+
+def test_ranks_that_stop_on_a_signal_leave_the_word_to_the_first(tmp_path):
+    found = in_ranks(_stopped_while_the_first_closes_slowly, tmp_path)
+    assert found == [("Interrupted", 130), ("SystemExit", 0)]
 
 
 def test_one_process_is_all_ranks():

@@ -174,6 +174,11 @@ class SFTDataModule(StageDataModule):
         if epoch >= self.max_epochs:  # a finished run is gone on from: Lightning asks, and trains nothing
             epoch, start = self.max_epochs - 1, len(self.plan(self.max_epochs - 1))
         elif self._resumed is not None and self._resumed["epoch"] == epoch:
+            if "plan" not in self._resumed:
+                raise ValueError(
+                    f"the run of this checkpoint ended after {epoch} epochs, and data.phases has {self.max_epochs}: "
+                    "begin from its model instead, with init_from=FOLDER/model and without ckpt_path"
+                )
             if self._resumed["plan"] != self._identity(epoch):
                 raise ValueError(
                     "the checkpoint was made on other data, or with another data.seed, data.phases, number of packs "
