@@ -47,8 +47,8 @@ def run(cfg: DictConfig) -> float | None:
     multirun = hydra_cfg.mode == RunMode.MULTIRUN
     output_dir = Path(hydra_cfg.runtime.output_dir)
     cfg.paths.output_dir = str(output_dir)
-    if multirun and cfg.logger and "wandb" in cfg.logger:
-        cfg.logger.wandb.group = Path(hydra_cfg.sweep.dir).name
+    if multirun:
+        tracking.join_sweep(cfg.logger, cfg.name, Path(hydra_cfg.sweep.dir))
     place = find_place()
     cfg.trainer.devices = place.tasks_per_node
     group = joined(place, cfg.trainer.get("accelerator"), timedelta(days=1))

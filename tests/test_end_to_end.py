@@ -366,7 +366,7 @@ def test_a_sweep_runs_each_job_in_its_own_folder_and_wandb_run(root, tmp_path, l
         (0.3, 1),
         (0.3, 2),
     ]
-    assert {job["logger"]["wandb"]["group"] for job in settings} == {tmp_path.name}
+    assert {job["logger"]["wandb"]["group"] for job in settings} == {f"miniature-{tmp_path.name}"}
     assert all("val/sampled_accuracy" in json.loads((job / "metrics.json").read_text()) for job in jobs)
     runs = [path.name.split("-")[-1] for job in jobs for path in job.glob("wandb/offline-run-*")]
     assert len(runs) == len(set(runs)) == 4

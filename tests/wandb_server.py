@@ -41,6 +41,19 @@ class SentRun:
         return [json.loads(lines[number]) for number in sorted(lines)]
 
     @property
+    def axes(self) -> dict[str, str | None]:
+        """What each metric, or pattern of metrics, that was defined is drawn over; None where that is not said."""
+        defined = self.config["_wandb"]["value"]["m"]
+        # Numbers of W&B's protocol: name, glob_name, and step_metric_index, which counts from 1.
+        named = [(metric.get("1") or metric["2"], metric.get("5")) for metric in defined]
+        return {name: named[place - 1][0] if place else None for name, place in named}
+
+    @property
+    def machine(self) -> list[dict[str, Any]]:
+        """Rows of what the machine of the run did."""
+        return [json.loads(line) for line in self.files["wandb-events.jsonl"].values()]
+
+    @property
     def summary(self) -> dict[str, Any]:
         lines = self.files["wandb-summary.json"]
         return json.loads(lines[max(lines)]) if lines else {}

@@ -22,8 +22,9 @@ from typing import Any
 from wandb.util import get_core_path
 
 from kimivl.config import HISTORY_FILE
+from kimivl.tracking.axes import Axes
 from kimivl.tracking.local import fresh
-from kimivl.tracking.names import STEP
+from kimivl.tracking.names import STEP, TOKENS
 from kimivl.tracking.staged import Staged
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,11 @@ class Earlier:
             mend(path)
         self.logs = [(path, list(_rows(path))) for path in paths]
 
-    def catch_up(self, run: Any, online: bool) -> dict[str, int]:
+    def tokens(self) -> dict[int, float]:
+        """Tokens trained on, by step."""
+        return {step: row[TOKENS] for step, row in _by_step(self.history) if TOKENS in row}
+
+    def catch_up(self, run: Any, axes: Axes, online: bool) -> dict[str, int]:
         """Log what the run's earlier processes have logged and W&B lacks: they were killed, or could not reach it.
 
         Returns the last global step that each metric is now logged for.
@@ -63,7 +68,7 @@ class Earlier:
         staged = Staged()
         for step, row in [*_by_step(self.history), *_media(unsent)]:
             if new := fresh(row, step, last):
-                run.log({name: staged.value(name, value) for name, value in new.items()} | {STEP: step})
+                axes.log({name: staged.value(name, value) for name, value in new.items()}, step)
                 last |= dict.fromkeys(new, step)
         return last
 

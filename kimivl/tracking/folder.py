@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +19,10 @@ from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
 CSV_FILE, TENSORBOARD_FOLDER = "metrics.csv", "tensorboard"
 
 
-def run_id(output_dir: str | Path, number: int = 0) -> str:
-    """The id of a run: of its folder, so that a job that is started again there continues its curve.
-
-    Args:
-        number: of the runs that began anew in that folder before.
-    """
-    again = f" {number}" if number else ""
-    return hashlib.sha256(f"{Path(output_dir).resolve()}{again}".encode()).hexdigest()[:12]
+def new_id() -> str:
+    """The id of a run that begins. It is not made of the folder: that may be moved, or removed and filled again, and
+    the next run there is another one."""
+    return secrets.token_hex(6)
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:
@@ -45,8 +41,8 @@ def write_run(
         anew: this run is none of those that were here before, and gets an id of its own.
     """
     before = read_run(output_dir)
-    number = before.get("number", 0) + bool(before and anew)
-    about = {"status": status, "id": run_id(output_dir, number), "number": number}
+    kept = None if anew else before.get("id")
+    about = {"status": status, "id": kept or new_id()}
     said = {} if error is None else {"error": error}
     _write(output_dir / RUN_FILE, about | said | {"config": config})
 
@@ -81,12 +77,31 @@ def write_metrics(output_dir: Path, metrics: dict[str, float]) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of which nobody ever sees a part; where it cannot be written the one that was there stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_bytes(text.encode())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Write at the end of a file all of a text or nothing.
+
+    Raises:
+        OSError: on a full disk among others.
+    """
+    with path.open("ab", buffering=0) as file:
+        whole = file.tell()
+        content = text.encode()
+        if file.write(content) < len(content):  # a full disk takes a part of it, and refuses the rest
+            file.truncate(whole)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 class History(Logger):
@@ -112,9 +127,4 @@ class History(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            whole = file.tell()
-            line = (json.dumps({"step": step, **metrics}) + "\n").encode()
-            if file.write(line) < len(line):  # a full disk takes a part of it, and refuses the rest
-                file.truncate(whole)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        append(self.path, json.dumps({"step": step, **metrics}) + "\n")

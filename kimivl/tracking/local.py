@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from kimivl.tracking.folder import CSV_FILE, TENSORBOARD_FOLDER
+from kimivl.tracking.folder import CSV_FILE, TENSORBOARD_FOLDER, append, write_whole
 from kimivl.tracking.media import Picture, Shows
 
 
@@ -50,6 +53,7 @@ class CsvRun(CSVLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        _ = self.experiment  # which takes away half a row
         if self._logged is None:
             self._logged = _last_steps(Path(self.log_dir) / CSV_FILE)
         if new := fresh(metrics, step, self._logged):
@@ -62,22 +66,43 @@ class _ContinuedCsv(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        whole = path.read_bytes()
-        path.write_bytes(whole[: whole.rfind(b"\n") + 1])  # a row that a killed process left half written
-        with path.open(newline="") as file:
-            self.metrics_keys = next(csv.reader(file), [])
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a row that a killed process left half written
+        self.metrics_keys, _ = _read(path)
         if not self.metrics_keys:
             path.unlink()
+
+    def save(self) -> None:
+        """Rows that the disk has no room for wait for the next time. Lightning would leave half a row, and for a new
+        column empty the file before it writes all of it again."""
+        path, columns = Path(self.metrics_file_path), sorted({*self.metrics_keys, *chain(*self.metrics)})
+        if columns == self.metrics_keys:
+            append(path, _as_csv(self.metrics, columns))
+        else:
+            earlier = _read(path)[1] if path.is_file() else []
+            write_whole(path, _as_csv([dict(zip(columns, columns, strict=True)), *earlier, *self.metrics], columns))
+        self.metrics, self.metrics_keys = [], columns
+
+
+def _as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerows(rows)
+    return text.getvalue()
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []), list(reader)
 
 
 def _last_steps(path: Path) -> dict[str, int]:
     """The last step of each column of a file that may not be there."""
     last: dict[str, int] = {}
     if path.is_file():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                step = int(row.pop("step") or -1)
-                last |= {name: max(step, last.get(name, -1)) for name, value in row.items() if value}
+        for row in _read(path)[1]:
+            step = int(row.pop("step") or -1)
+            last |= {name: max(step, last.get(name, -1)) for name, value in row.items() if value}
     return last
 
 

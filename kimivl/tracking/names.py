@@ -14,6 +14,17 @@ BY_ITERATION = ("rollout", "reward", "sampler")
 """Namespaces that have one value for each RL iteration."""
 
 
+def axis(name: str) -> str:
+    """What the curve of a metric, or of a pattern of metrics, is drawn over to begin with."""
+    return ITERATION if name.partition("/")[0] in BY_ITERATION else STEP
+
+
+def pattern(name: str) -> str:
+    """All metrics of the namespace of one; itself where it has none."""
+    room, slash, _ = name.partition("/")
+    return f"{room}/*" if slash else name
+
+
 class Metric(NamedTuple):
     """``best``: which of its values stands in a run's summary beside the last."""
 

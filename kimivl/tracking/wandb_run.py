@@ -18,10 +18,10 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from kimivl.checkpoint import MODEL
-from kimivl.tracking import names
 from kimivl.tracking.artifacts import log_model, used_model
+from kimivl.tracking.axes import Axes
 from kimivl.tracking.earlier import Earlier
-from kimivl.tracking.folder import parent_of, read_run, run_id
+from kimivl.tracking.folder import new_id, parent_of, read_run
 from kimivl.tracking.local import fresh
 from kimivl.tracking.media import Picture, Shows
 from kimivl.tracking.staged import staged_in
@@ -76,7 +76,7 @@ class WandbRun(WandbLogger, Shows):
         super().__init__(
             name=folder.name,
             save_dir=output_dir,
-            id=read_run(folder).get("id", run_id(folder)),
+            id=read_run(folder).get("id") or new_id(),
             project=project,
             group=group,
             job_type=job_type,
@@ -113,11 +113,11 @@ class WandbRun(WandbLogger, Shows):
         earlier = Earlier(self.folder, str(self._id))
         self._mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         self._experiment = self._init()
-        _define_metrics(self._experiment)
+        self._axes = Axes(self._experiment, earlier.tokens())
         if self._mode == "online":
             _never_wait(self._experiment)
         if self._mode in ("online", "offline"):
-            self._logged = earlier.catch_up(self._experiment, self._mode == "online")
+            self._logged = earlier.catch_up(self._experiment, self._axes, self._mode == "online")
         if self._mode == "offline":
             log.info("W&B writes to %s/wandb; send it with: kimivl sync %s", self.folder, self.folder)
 
@@ -146,16 +146,16 @@ class WandbRun(WandbLogger, Shows):
         """
         if self._experiment is None:
             return
-        self.save()
-        run, self._experiment = self._experiment, None
         giving_up = threading.Timer(self.finish_timeout + GRACE, _end_service)
         if self._mode == "online":
             giving_up.start()
         try:
+            self.save()
             if outcome == "interrupted":
-                run.mark_preempting()
-            run.finish(exit_code=EXIT_CODES[outcome])
+                self._experiment.mark_preempting()
+            self._experiment.finish(exit_code=EXIT_CODES[outcome])
         except Exception:
+            _give_up()
             if self._mode != "online":
                 raise
             log.warning(
@@ -163,9 +163,9 @@ class WandbRun(WandbLogger, Shows):
                 self.folder,
                 self.folder,
             )
-            _give_up()
         finally:
             giving_up.cancel()
+            self._experiment = None
             self._held.close()
 
     # What it logs.
@@ -198,7 +198,7 @@ class WandbRun(WandbLogger, Shows):
     def save(self) -> None:
         """Lightning calls it after its own figures, which are the last of a step."""
         if self._row and self._experiment is not None:
-            self._experiment.log(self._row if self._step is None else self._row | {names.STEP: self._step})
+            self._axes.log(self._row, self._step)
         self._row = {}
 
     def show_table(self, name: str, rows: Sequence[dict[str, Any]], step: int | None) -> None:
@@ -245,18 +245,6 @@ def _never_wait(run: Any) -> None:
     run._public_api = _Unasked
 
 
-def _define_metrics(run: Any) -> None:
-    """The axis of each namespace, and what stands in the summary beside the last value."""
-    for axis in names.AXES:
-        run.define_metric(axis)
-    run.define_metric("*", step_metric=names.STEP, step_sync=True)
-    for room in names.BY_ITERATION:
-        run.define_metric(f"{room}/*", step_metric=names.ITERATION, step_sync=True)
-    for name, metric in names.METRICS.items():
-        if metric.best and "*" not in name:
-            run.define_metric(name, step_metric=names.STEP, step_sync=True, summary=f"{metric.best},last")
-
-
 def _with_parent(config: dict[str, Any]) -> dict[str, Any]:
     parent = parent_of(config.get("init_from")).get("id")
     return config if parent is None else {**config, "parent_run": parent}
@@ -295,7 +283,7 @@ def sync(folder: Path) -> int:
                 id=about["id"], resume="allow", dir=folder, project=project, settings=settings, mode="online"
             )
             run.config.update(_with_parent(config), allow_val_change=True)
-            earlier.catch_up(run, online=True)
+            earlier.catch_up(run, Axes(run, earlier.tokens()), online=True)
             _log_models(run, folder, config)
             rows = run.step - run.starting_step
             run.finish(exit_code=0 if about["status"] == "finished" else 1)

@@ -11,7 +11,7 @@ from wandb_workspaces import expr
 from wandb_workspaces.reports import v2 as reports
 from wandb_workspaces.workspaces import RunsetSettings, Section, Workspace, WorkspaceSettings
 
-from kimivl.tracking.names import BY_ITERATION, ITERATION, METRICS, STEP, Metric
+from kimivl.tracking.names import METRICS, STEP, TOKENS, Metric, axis
 from kimivl.tracking.wandb_run import has_key
 
 SECTIONS = ("val", "train", "rollout", "reward", "policy", "sampler", "data", "perf", "experts", "test")
@@ -19,6 +19,8 @@ OPEN = {"val", "train", "rollout"}
 TABLES = ("val/transcripts", "test/transcripts", "sampler/hardest", "data/rejected")
 MAIN = ("val/accuracy", "train/loss", "rollout/accuracy", "rollout/length", "perf/tokens_per_s", "train/grad_norm")
 """What a report compares."""
+OVER_TOKENS = ("val/accuracy", "train/loss")
+"""What is drawn over the tokens trained on as well: steps of runs with other batches are not the same work."""
 
 
 def write_workspace(project: str, group: str | None) -> int:
@@ -74,7 +76,8 @@ def make_report(entity: str, project: str, group: str | None) -> reports.Report:
         filters=_of_group(group),
         order=[reports.OrderBy(name=reports.SummaryMetric("val/accuracy.max"), ascending=False)],
     )
-    panels: list[Any] = [_line(name, METRICS[name]) for name in MAIN]
+    panels: list[Any] = [_line(name, METRICS[name], axis(name)) for name in MAIN]
+    panels += [_line(name, METRICS[name], TOKENS) for name in OVER_TOKENS]
     panels += [
         reports.BarPlot(title="val/accuracy, the best of each run", metrics=["val/accuracy.max"], orientation="h"),
         reports.RunComparer(diff_only=True),
@@ -109,15 +112,17 @@ def _panels(room: str) -> Iterator[Any]:
     for pattern, metric in METRICS.items():
         name = pattern.replace("*/", f"{room}/", 1) if room in ("val", "test") else pattern
         if name.startswith(f"{room}/") and metric.unit not in ("table", "histogram"):
-            yield _line(name, metric)
+            yield _line(name, metric, axis(name))
+            if name in OVER_TOKENS:
+                yield _line(name, metric, TOKENS)
     for name in TABLES:
         if name.startswith(f"{room}/"):
             yield reports.WeavePanelSummaryTable(table_name=name)
 
 
-def _line(name: str, metric: Metric) -> Any:
-    axis = ITERATION if name.partition("/")[0] in BY_ITERATION else STEP
-    about: dict[str, Any] = {"title": name.rstrip("*/"), "x": axis, "title_y": metric.unit}
+def _line(name: str, metric: Metric, over: str) -> Any:
+    title = name.rstrip("*/") + " over tokens" * (over == TOKENS)
+    about: dict[str, Any] = {"title": title, "x": over, "title_y": metric.unit}
     if "*" in name:
         return reports.LinePlot(metric_regex=f"^{name.replace('*', '.*')}$", **about)
     return reports.LinePlot(y=[name], **about)

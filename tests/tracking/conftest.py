@@ -23,6 +23,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
         monkeypatch.setenv("WANDB_MODE", "online")
         monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.5")
+        monkeypatch.setenv("WANDB__STATS_SAMPLING_INTERVAL", "0.5")
         wandb.teardown()
         yield serving
         serving.mood = "well"

@@ -7,9 +7,15 @@ import pytest
 from kimivl import tracking
 
 
-def test_a_run_has_one_id_per_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert tracking.run_id("a") == tracking.run_id(tmp_path / "a") != tracking.run_id("b")
+def test_a_run_keeps_its_id_where_its_folder_is_moved(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    tracking.begin_run(old, {}, goes_on=False)
+    before = tracking.read_run(old)["id"]
+    tracking.write_run(old, "interrupted", {})
+    old.rename(new)
+    tracking.begin_run(new, {}, goes_on=True)
+    tracking.begin_run(old, {}, goes_on=False)  # another run, where that one was
+    assert tracking.read_run(new)["id"] == before != tracking.read_run(old)["id"]
 
 
 def test_history_is_appended_to(tmp_path):
@@ -22,8 +28,8 @@ def test_history_is_appended_to(tmp_path):
 def test_run_file_round_trip(tmp_path):
     assert tracking.read_run(tmp_path / "new") == {}
     tracking.write_run(tmp_path / "new", "failed", {"seed": 1}, "the disk is full")
-    about = {"status": "failed", "error": "the disk is full", "id": tracking.run_id(tmp_path / "new"), "number": 0}
-    assert tracking.read_run(tmp_path / "new") == about | {"config": {"seed": 1}}
+    about = tracking.read_run(tmp_path / "new")
+    assert about.pop("id") and about == {"status": "failed", "error": "the disk is full", "config": {"seed": 1}}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
 
 
@@ -52,5 +58,5 @@ def test_a_run_that_begins_anew_is_another_one(tmp_path, status, config, goes_on
 
 def test_the_parent_is_the_run_whose_model_it_is(tmp_path):
     tracking.write_run(tmp_path / "sft", "finished", {})
-    assert tracking.parent_of(str(tmp_path / "sft" / "model"))["id"] == tracking.run_id(tmp_path / "sft")
+    assert tracking.parent_of(str(tmp_path / "sft" / "model")) == tracking.read_run(tmp_path / "sft")
     assert tracking.parent_of(str(tmp_path / "published")) == tracking.parent_of(None) == {}

@@ -1,6 +1,8 @@
 """CSV and TensorBoard files: whole, in order, and continued by the process that goes on."""
 
 import csv
+import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def test_csv_goes_on_where_it_was(tmp_path, kill):
     log_losses(logger, range(4))
     if kill:  # in the middle of a row
         with (tmp_path / "metrics.csv").open("a") as file:
-            file.write("4")
+            file.write("4,6.")
     else:
         tracking.close([logger], "interrupted")
     logger = CsvRun(str(tmp_path))  # goes on from a checkpoint after step 2
@@ -43,6 +45,31 @@ def test_csv_goes_on_where_it_was(tmp_path, kill):
     rows = read_csv(tmp_path)
     assert [(row["step"], row["train/loss"]) for row in rows[:6]] == [(f"{n}", f"{10.0 - n}") for n in range(6)]
     assert rows[6:] == [{"step": "5", "val/accuracy": "0.5"}]
+
+
+@contextmanager
+def full_disk(size):
+    """No file can have more bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("column", ["train/loss", "val/accuracy"])  # one of the file's, and a new one
+def test_a_full_disk_takes_no_row_from_csv(tmp_path, column):
+    file, logger = tmp_path / "metrics.csv", CsvRun(str(tmp_path))
+    log_losses(logger, range(4))
+    before = file.read_bytes()
+    with full_disk(len(before) + 3), pytest.raises(OSError):
+        logger.log_metrics({column: 0.25}, 4)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    log_losses(logger, [5])
+    rows = read_csv(tmp_path)
+    assert rows[:4] == [{"step": f"{n}", "train/loss": f"{10.0 - n}"} for n in range(4)]
+    assert rows[4:] == [{"step": "4", column: "0.25"}, {"step": "5", "train/loss": "5.0"}]
 
 
 def test_tensorboard_goes_on_where_it_was(tmp_path):

@@ -70,8 +70,8 @@ def test_a_closed_run_lets_the_next_one_begin(tmp_path, offline):
     """Two jobs in one process: each has a W&B run of its own."""
     for name in ("one", "two"):
         run = process(tmp_path / name, 0, 1)
-        assert run == tracking.run_id(tmp_path / name)
         assert len(list((tmp_path / name / "wandb").glob(f"offline-run-*-{run}"))) == 1
+    assert len({tracking.read_run(tmp_path / name)["id"] for name in ("one", "two")}) == 2
 
 
 def test_offline_runs_of_a_run_sync_into_one_curve(tmp_path, server, monkeypatch):
@@ -101,6 +101,14 @@ def test_a_run_online_goes_on_as_itself(tmp_path, server):
     assert sent.config["seed"]["value"] == 1
     assert sent.summary["train/loss"] == {"last": WHOLE[-1][1], "min": WHOLE[-1][1]}
     assert process(tmp_path, 0, 1) != first and len(server.runs) == 2  # typed again after its end: another run
+
+
+def test_a_run_whose_folder_is_moved_goes_on_as_itself(tmp_path, server):
+    first = process(tmp_path / "old", 0, 6, "interrupted")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert process(tmp_path / "new", 4, 9) == first
+    assert list(server.runs) == [first] and server.runs[first].curve("train/loss") == WHOLE
+    assert process(tmp_path / "old", 0, 1) != first  # another run, where that one was
 
 
 @pytest.mark.parametrize("mood", ["failing", "silent"])
@@ -241,7 +249,7 @@ def test_rows_of_a_step_are_one_row(tmp_path, server):
     rows = [{name: value for name, value in row.items() if name[0] != "_"} for row in server.runs[run].history]
     assert rows == [
         {"perf/step_s": 0.5, "data/tokens_seen": 64, "train/loss": 1.0, "epoch": 0, "trainer/global_step": 3},
-        {"train/loss": 0.5, "trainer/global_step": 4},
+        {"train/loss": 0.5, "data/tokens_seen": 64, "trainer/global_step": 4},
     ]
 
 
@@ -275,7 +283,7 @@ def test_stages_are_linked_by_the_model_that_goes_from_one_to_the_next(tmp_path,
     tracking.log_config(loggers, {"init_from": str(model)})
     tracking.close(loggers, "success")
     sync(tmp_path / "rl")
-    sft, rl = (server.runs[tracking.run_id(tmp_path / stage)] for stage in ("sft", "rl"))
+    sft, rl = (server.runs[tracking.read_run(tmp_path / stage)["id"]] for stage in ("sft", "rl"))
     assert sft.made == rl.used == [f"model-{sft.name}:v0"] and rl.made == sft.used == []
     assert rl.config["parent_run"]["value"] == sft.name
     about = json.loads(server.artifacts[sft.made[0]]["metadata"])

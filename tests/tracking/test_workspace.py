@@ -18,6 +18,12 @@ def texts(node, key):
             yield from texts(inner, key)
 
 
+def drawn_over(axis, view):
+    """The metrics of the panels with this axis."""
+    panels = [panel for panel in texts(view, "config") if isinstance(panel, dict) and panel.get("xAxis") == axis]
+    return {name for panel in panels for name in panel.get("metrics", [])}
+
+
 def test_workspace_and_report_reach_the_server(server, capsys):
     assert main(["workspace", "me/kimivl", "--group", "lr"]) == 0
     said = capsys.readouterr().out
@@ -33,6 +39,9 @@ def test_workspace_and_report_reach_the_server(server, capsys):
     assert list(sections)[:3] == ["val", "train", "rollout"] and sections["val"]["pinned"]
     assert [y for metrics in texts(sections["val"], "metrics") for y in metrics if y == "val/accuracy"]
     assert next(texts(sections["rollout"]["panels"], "xAxis")) == names.ITERATION
+    assert drawn_over(names.TOKENS, sections["val"]) == {"val/accuracy"} <= drawn_over(names.STEP, sections["val"])
+    assert drawn_over(names.TOKENS, sections["train"]) == {"train/loss"} <= drawn_over(names.STEP, sections["train"])
+    assert drawn_over(names.TOKENS, json.loads(report["spec"])) == {"val/accuracy", "train/loss"}
     grouping = spec["section"]["runSets"][0]["grouping"]
     assert [key["name"] for key in grouping] == ["group", "jobType"]
     assert '"lr"' in json.dumps(spec["section"]["runSets"][0]["filters"])
