@@ -53,7 +53,7 @@ def decoder_layer(setup: Setup, dense: bool, tokens: int) -> Block:
     """A layer of the language model; ``tokens`` is the length of the longest segment."""
     text, n = setup.model.text_config, setup.numbers
     width, c = text.hidden_size, n.compute
-    attention, keep_attention = _mla(setup, tokens)
+    attention, keep_attention = mla(setup, tokens)
     products = [attention]
     if dense:
         kept, chosen = _swiglu(width, text.intermediate_size, n)
@@ -65,7 +65,7 @@ def decoder_layer(setup: Setup, dense: bool, tokens: int) -> Block:
         # the shared experts come first, and free what they have kept
         inner = n.compute * text.moe_intermediate_size * text.n_shared_experts
         passing = max(2.0 * inner, _passing_experts(setup, tokens) - shared)
-    kept += 2 * _rms_norm(width, n.stream) + _inputs_of(width, n, 2) + _inputs_of(width, n, 2 if dense else 3)
+    kept += 2 * rms_norm(width, n.stream) + _inputs_of(width, n, 2) + _inputs_of(width, n, 2 if dense else 3)
     return Block(
         kept=kept + sum(products),
         inputs=float(n.stream * width),
@@ -119,10 +119,10 @@ def decoder_ends(setup: Setup) -> float:
     text, n = setup.model.text_config, setup.numbers
     embedded = n.stream * text.hidden_size  # the first layer's input, which the image features were written into
     angles = 2 * n.stream * text.qk_rope_head_dim
-    return 5 * 8.0 + embedded + angles + _rms_norm(text.hidden_size, n.stream) + n.compute * text.hidden_size
+    return 5 * 8.0 + embedded + angles + rms_norm(text.hidden_size, n.stream) + n.compute * text.hidden_size
 
 
-def _mla(setup: Setup, tokens: int) -> tuple[float, float]:
+def mla(setup: Setup, tokens: int) -> tuple[float, float]:
     """Of multi-head latent attention: what it keeps, and what selective checkpointing keeps of that."""
     text, n = setup.model.text_config, setup.numbers
     heads, rank, rotary, c = text.num_attention_heads, text.kv_lora_rank, text.qk_rope_head_dim, n.compute
@@ -178,7 +178,7 @@ def _swiglu(width: int, inner: int, n: Numbers) -> tuple[float, float]:
     return 4.0 * n.compute * inner, float(n.compute * (2 * inner + width))
 
 
-def _rms_norm(width: int, stream: int) -> float:
+def rms_norm(width: int, stream: int) -> float:
     """Its input in float32 (a copy where the stream is not), the deviation, the normalised numbers."""
     return 4.0 * width + 4 + stream * width
 

@@ -8,9 +8,13 @@
     vision backward     the same in the vision tower, when the decoder's gradients are all there
     last sums           of a model that is cut up: the gradients of embedding and head go to the ranks
     update              all gradients, the optimiser's workspace; no activations
-    rollouts            the KV cache; no activations
+    rollouts            the KV cache, and logits or prompts; no activations. A model that is cut up is whole on each
+                        device while it answers by itself, or gives its weights to an engine
+    evaluation          the same with the held-out problems, where there are some. In the fit there are no gradients
+                        then; after it no optimiser states either, unless the model is cut up
 
-The peak is the highest of them.
+The peak is the highest of them. A vLLM in the same process has weights and a cache of its own: where it sleeps, while
+it answers, else at all moments.
 """
 
 from __future__ import annotations
@@ -25,12 +29,15 @@ from kimivl.memory.activations import (
     vision_block,
     vision_ends,
 )
+from kimivl.memory.generation import GRAPHS, Height, generation
 from kimivl.memory.parameters import Parameters, measure
-from kimivl.memory.setup import Pack, Setup
+from kimivl.memory.setup import Answers, HeldOut, Pack, Setup
 from kimivl.model.loss import block_columns
 
 CUDA_CONTEXT = 600_000_000
 """Kernels of torch, workspaces of cuBLAS: an allowance, since what a driver takes is not the same everywhere."""
+ANSWERING = ("rollouts", "evaluation")
+"""Moments at which the model answers."""
 COLLECTIVES = 1_000_000_000
 """Buffers of NCCL on more than one device: an allowance."""
 SCRAPS, SCRAPS_PASSING = 0.01, 0.06
@@ -60,6 +67,11 @@ class PackEstimate:
     @property
     def peak(self) -> Moment:
         return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def training(self) -> float:
+        """Bytes at the height of its steps alone."""
+        return max(moment.total for moment in self.moments if moment.name not in ANSWERING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +181,47 @@ def _moments(setup: Setup, parameters: Parameters, pack: Pack) -> tuple[Moment, 
         moments.append(("last sums", gradients["update"], {}, 0.0, ""))
     moments.append(("update", gradients["update"], {}, float(parameters.update), "the optimiser"))
     found = [_moment(setup, parameters, *moment) for moment in moments]
+    return (*found, *_answering(setup, parameters, gradients["forward"]))
+
+
+def _answering(setup: Setup, parameters: Parameters, gradients: float) -> list[Moment]:
+    """The moments at which the model answers, or gives its weights to an engine that does."""
+    if setup.engine.kind == "elsewhere" and not setup.sharded:
+        return []  # the engine is sent tensors that are there
+    found = []
     if setup.rollouts is not None:
-        cache = {"KV cache": _kv_cache(setup)}
-        logits = 12.0 * setup.rollouts.rows * setup.model.text_config.vocab_size  # and their distribution, in float64
-        found.append(_moment(setup, parameters, "rollouts", gradients["forward"], cache, logits, "logits of a token"))
-    return tuple(found)
+        height = _highest(setup, parameters, (setup.rollouts,))
+        found.append(_answered(setup, parameters, "rollouts", gradients, height))
+    if setup.held_out is not None:
+        found.append(_evaluation(setup, parameters, setup.held_out))
+    return found
+
+
+def _evaluation(setup: Setup, parameters: Parameters, held_out: HeldOut) -> Moment:
+    """In the fit or after it, whichever takes more."""
+    height = _highest(setup, parameters, held_out.passes)
+    moments = []
+    if held_out.in_fit:
+        moments.append(_answered(setup, parameters, "evaluation", 0.0, height))
+    if held_out.after:
+        there = float(parameters.gradients) if held_out.gradients and not parameters.in_backward else 0.0
+        moments.append(_answered(setup, parameters, "evaluation", there, height, fitted=True))
+    return max(moments, key=lambda moment: moment.total)
+
+
+def _highest(setup: Setup, parameters: Parameters, asked: tuple[Answers, ...]) -> Height:
+    if setup.engine.kind == "elsewhere":
+        return Height(0.0, 0.0, "weights for the engine")
+    stack = _adapted_stacks(setup, parameters, 0)[0]
+    heights = [generation(setup, parameters, one, stack) for one in asked]
+    return max(heights, key=lambda height: height.total)
+
+
+def _answered(
+    setup: Setup, parameters: Parameters, name: str, gradients: float, height: Height, fitted: bool = False
+) -> Moment:
+    cache = {"KV cache": height.cache} if setup.engine.kind == "hf" else {}
+    return _moment(setup, parameters, name, gradients, cache, height.workspace, height.purpose, fitted)
 
 
 def _gradients(setup: Setup, parameters: Parameters) -> dict[str, float]:
@@ -204,13 +252,16 @@ def _moment(
     passing: dict[str, float],
     workspace: float,
     purpose: str,
+    fitted: bool = False,
 ) -> Moment:
     rows: dict[str, float] = {"weights": float(parameters.weights), "gradients": gradients}
-    if setup.devices > 1 and not setup.sharded:
+    if setup.devices > 1 and not setup.sharded and not fitted:
         rows["gradient buckets"] = float(parameters.gradients)
-    rows |= {f"optimiser: {kind}": float(size) for kind, size in parameters.states.items()}
+    if setup.sharded or not fitted:
+        rows |= {f"optimiser: {kind}": float(size) for kind, size in parameters.states.items()}
+    rows |= _engine(setup, parameters, name)
     stays = sum(rows.values())
-    if parameters.casts and name not in ("update", "rollouts"):
+    if parameters.casts and name not in ("update", *ANSWERING):
         rows["weights in half"] = float(parameters.casts)
     if parameters.groups is not None:
         rows |= parameters.groups.rows(name, parameters.numel * setup.numbers.parameter)
@@ -222,10 +273,12 @@ def _moment(
     return Moment(name, rows, purpose)
 
 
-def _kv_cache(setup: Setup) -> float:
-    """Latents and rotary keys of all rows at full length: buffers that grow by halves, one of them being replaced."""
-    assert setup.rollouts is not None
-    text = setup.model.text_config
-    token = text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * setup.numbers.parameter
-    layer = token / text.num_hidden_layers
-    return setup.rollouts.rows * setup.rollouts.tokens * (1.5 * token + layer)
+def _engine(setup: Setup, parameters: Parameters, name: str) -> dict[str, float]:
+    """What a vLLM in this process has of its own; it is started by the first that asks it."""
+    engine = setup.engine
+    if engine.kind != "vllm" or (setup.rollouts is None and setup.held_out is None):
+        return {}
+    rows = {} if setup.on_cpu else {"engine: graphs": GRAPHS / (3.0 if engine.eager else 1.0)}
+    if name not in ANSWERING and engine.sleeps:
+        return rows
+    return {"engine: weights": float(parameters.numel * setup.engine_number), "engine: KV cache": engine.cache} | rows

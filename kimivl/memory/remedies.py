@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from kimivl.memory.estimate import Estimate, PackEstimate, estimate
+from kimivl.memory.estimate import ANSWERING, Estimate, PackEstimate, estimate
 from kimivl.memory.setup import PATCHES_PER_TOKEN, Numbers, Pack, Setup
 
 SHORTEST = 1024
-"""Tokens below which no pack is proposed."""
+"""Tokens below which no pack is proposed, nor a cap of responses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Change:
 def remedies(found: Estimate, capacity: float) -> tuple[Change, ...] | None:
     """The first changes that fit together, none of which can be left out; None where nothing fits.
 
-    Slower but exact ones come first (the model cut up over the devices, recomputation), then numbers of fewer bits, the
-    step in the backward pass, shorter packs, and last what trains less (LoRA).
+    Slower but exact ones come first (the model cut up over the devices, recomputation, fewer responses at a time), then
+    numbers of fewer bits, the step in the backward pass, shorter packs and answers, and last what trains less (LoRA).
     """
     chosen: list[Change] = []
     current = found
@@ -58,11 +59,15 @@ def _changes(current: Estimate, capacity: float) -> Iterator[Change]:
         yield Change(f"activation_checkpointing={mode}", lambda one: replace(one, checkpointing=mode))
     if setup.numbers.parameter == 4 and not setup.on_cpu:
         yield Change("trainer.precision=bf16-true", lambda one: replace(one, numbers=Numbers(2, 2)))
-    if setup.rollouts is not None and current.packs[0].peak.name == "rollouts" and setup.rollouts.rows > 1:
-        yield _fewer_rows(setup.rollouts.rows // 2)
-    if setup.max_accumulate > setup.accumulate and setup.rollouts is not None:
+    if setup.engine.kind == "vllm" and not setup.engine.sleeps and not setup.on_cpu and setup.asked:
+        yield Change("rollout.sleep=true", _in_engine(sleeps=True))
+    for pack in current.packs:
+        if pack.peak.name in ANSWERING and pack.peak.total > capacity:
+            yield from _answering(setup, pack.peak.name)
+            break
+    too_large = [pack for pack in current.packs if pack.training > capacity]
+    if setup.max_accumulate > setup.accumulate and setup.rollouts is not None and too_large:
         yield _smaller_experience(min(2 * setup.accumulate, setup.max_accumulate))
-    too_large = [pack for pack in current.packs if pack.peak.total > capacity]
     for pack in too_large:
         if setup.rollouts is None and not setup.patches_given and pack.pack.patches > pack.pack.tokens // 4:
             yield _fewer_patches(pack)
@@ -91,12 +96,61 @@ def _adapters() -> Change:
     return Change("lora=attention", lambda one: replace(one, lora=settings))
 
 
+def _answering(setup: Setup, moment: str) -> Iterator[Change]:
+    """For less at the moment of answering, by keys that the engine has."""
+    engine, asked = setup.engine, setup.asked
+    if engine.kind == "elsewhere":
+        return
+    if engine.kind == "vllm":
+        text = setup.model.text_config
+        token = text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * setup.engine_number
+        if setup.engine_number == 4 and not setup.on_cpu:
+            yield Change("rollout.dtype=bfloat16", _in_engine(number=2))
+        gb = round(engine.cache / 2e9, 2)
+        if gb * 1e9 >= token * (engine.length or text.max_position_embeddings):  # vLLM does not start with less
+            yield Change(f"rollout.kv_cache_gb={gb:g}", _in_engine(cache=gb * 1e9))
+    rows = max(one.rows for one in asked)
+    if rows > 1:
+        yield _fewer_rows(rows // 2)
+    longest = max(one.prompt for one in asked)
+    if engine.kind == "hf" and engine.prefill_tokens >= 2 * longest:
+        tokens = engine.prefill_tokens // 2
+        yield Change(f"rollout.prefill_tokens={tokens}", _in_engine(prefill_tokens=tokens))
+    if engine.kind == "hf" and moment == "evaluation" and setup.held_out is not None:
+        new = max(one.new for one in setup.held_out.passes)
+        if new >= 2 * SHORTEST:
+            yield _shorter_answers(setup, new // 2)
+
+
+def _in_engine(**settings: Any) -> Callable[[Setup], Setup]:
+    return lambda setup: replace(setup, engine=replace(setup.engine, **settings))
+
+
 def _fewer_rows(rows: int) -> Change:
     def apply(setup: Setup) -> Setup:
-        assert setup.rollouts is not None
-        return replace(setup, rollouts=replace(setup.rollouts, rows=rows))
+        rollouts, held_out = setup.rollouts, setup.held_out
+        return replace(
+            setup,
+            rollouts=rollouts and rollouts.within(rows),
+            held_out=held_out and replace(held_out, passes=tuple(one.within(rows) for one in held_out.passes)),
+            engine=replace(setup.engine, max_rows=rows),
+        )
 
     return Change(f"rollout.max_rows={rows}", apply)
+
+
+def _shorter_answers(setup: Setup, new: int) -> Change:
+    """Those of the evaluation only: the rollouts, whose cap follows it unless it is given, keep theirs."""
+
+    def apply(one: Setup) -> Setup:
+        assert one.held_out is not None
+        return replace(
+            one,
+            held_out=replace(one.held_out, passes=tuple(replace(answers, new=new) for answers in one.held_out.passes)),
+        )
+
+    kept = "" if setup.rollouts is None else f" data.max_new_tokens={setup.rollouts.new}"
+    return Change(f"evaluation.max_new_tokens={new}{kept}", apply)
 
 
 def _smaller_experience(accumulate: int) -> Change:

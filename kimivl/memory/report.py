@@ -113,8 +113,7 @@ def _moments_table(found: Estimate) -> Table:
 def _notes(found: Estimate, device: Device | None) -> str:
     packs = "; ".join(f"{pack.pack.tokens:,} tokens, {pack.pack.patches:,} image patches" for pack in found.packs)
     notes = [f"largest packs: {packs}"]
-    if found.setup.rollouts is not None:
-        notes.append(f"rollouts: {found.setup.rollouts.rows} rows of {found.setup.rollouts.tokens:,} tokens")
+    notes += _asked(found.setup)
     if found.setup.on_cpu and device is not None:
         notes.append("trainer.accelerator=cpu: with the kernels of a CPU; for a GPU's, and its bf16, add trainer=gpu")
     elif not found.setup.on_cpu:
@@ -122,6 +121,17 @@ def _notes(found: Estimate, device: Device | None) -> str:
     if device is not None:
         notes.append(f"{device.name}: {device.capacity / GIB:.1f} GiB that torch sees = {device.capacity / GB:.1f} GB")
     return "\n".join(notes)
+
+
+def _asked(setup: Setup) -> list[str]:
+    """What the moments of answering were reckoned from."""
+    passes = setup.held_out.passes if setup.held_out is not None else ()
+    asked = [("rollouts", setup.rollouts)] if setup.rollouts is not None else []
+    if passes:
+        asked.append(("evaluation", max(passes, key=lambda one: one.rows)))
+    if setup.engine.kind == "elsewhere":
+        return [f"{name}: by an engine that is not on this device" for name, _ in asked]
+    return [f"{name}: {one.rows} rows of {one.tokens:,} tokens" for name, one in asked]
 
 
 def _unit(found: Estimate) -> tuple[str, str, int]:

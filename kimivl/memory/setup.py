@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from kimivl.model import Kernels, KimiVLConfig
 
@@ -18,6 +18,8 @@ _PRECISIONS = {
     "bf16-mixed": (4, 2),
     "bf16-true": (2, 2),
 }
+EVALUATION_BATCH = 128
+"""Held-out problems that are answered together (``kimivl.stages.datamodule``)."""
 PATCHES_PER_TOKEN = 4
 """Image patches of an image token: the most that a pack can hold for each of its tokens."""
 
@@ -50,11 +52,63 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts:
-    """Responses in flight: rows of the KV cache, and tokens of each."""
+class Answers:
+    """Responses that an engine is asked for together: ``rows`` of the ``requests`` at a time.
 
+    ``prompt`` and ``new``: tokens of a problem and of a response at its cap; ``samples``: responses to a problem.
+    """
+
+    requests: int
     rows: int
-    tokens: int
+    samples: int
+    prompt: int
+    new: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.new
+
+    @property
+    def prompts(self) -> int:
+        """Different ones, of the rows."""
+        return -(-self.rows // self.samples)
+
+    def within(self, rows: int) -> Answers:
+        return replace(self, rows=min(self.requests, rows))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out problems: ``passes`` over a batch of them, greedy and sampled.
+
+    ``in_fit``: answered during training, without gradients. ``after``: when the fit has ended (a test, or a validation
+    that the last epoch did not have); Lightning has then moved the optimiser's states to the host, unless the model is
+    cut up. ``gradients``: those of the last step are still there after the fit.
+    """
+
+    passes: tuple[Answers, ...]
+    in_fit: bool
+    after: bool
+    gradients: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Who answers: ``hf`` the training model, ``vllm`` beside it on its device, ``elsewhere`` on another.
+
+    Of a vLLM: ``cache`` bytes of keys and values, bytes of a ``number`` of its weights (0: as the trainer's), whether
+    it ``sleeps`` while the model trains, whether it is ``eager`` (no captured graphs), and the ``length`` of a prompt
+    with its response that it must have room for (0: the model's own limit).
+    """
+
+    kind: Literal["hf", "vllm", "elsewhere"] = "hf"
+    max_rows: int = 256
+    prefill_tokens: int = 8192
+    cache: float = 0.0
+    number: int = 0
+    sleeps: bool = False
+    eager: bool = False
+    length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +131,22 @@ class Setup:
     accumulate: int = 1
     devices: int = 1
     sharded: bool = False
-    rollouts: Rollouts | None = None
+    rollouts: Answers | None = None
+    held_out: HeldOut | None = None
+    engine: Engine = Engine()
     max_accumulate: int = 1
     patches_given: bool = False
+
+    @property
+    def engine_number(self) -> int:
+        """Bytes of a number of an engine's own weights."""
+        return self.engine.number or self.numbers.parameter
+
+    @property
+    def asked(self) -> tuple[Answers, ...]:
+        """All that an engine is asked for in the run."""
+        rollouts = () if self.rollouts is None else (self.rollouts,)
+        return rollouts if self.held_out is None else (*rollouts, *self.held_out.passes)
 
     @classmethod
     def of(cls, cfg: Mapping[str, Any], patches: int | None = None, prompt_tokens: int = 1024) -> Setup:
@@ -87,7 +154,7 @@ class Setup:
 
         Args:
             patches: image patches of a pack, instead of the most that the config allows.
-            prompt_tokens: of a problem of RL, which no config knows; its image tokens among them.
+            prompt_tokens: of a problem of RL or of evaluation, which no config knows; its image tokens among them.
 
         Raises:
             ValueError: for a config that does not say what is needed, naming the key.
@@ -102,7 +169,8 @@ class Setup:
         if precision not in _PRECISIONS:
             raise ValueError(f"trainer.precision={precision}: the estimate knows {', '.join(_PRECISIONS)}")
         devices = _devices(trainer)
-        rollouts = _rollouts(cfg, devices, prompt_tokens) if "problems" in data else None
+        engine = _engine(cfg["rollout"], trainer["accelerator"] == "cpu")
+        rollouts = _rollouts(data, devices, engine, prompt_tokens) if "problems" in data else None
         accumulate = max(int(trainer["accumulate_grad_batches"]), _packs_of_update(data, rollouts, devices))
         return cls(
             model=_model(cfg),
@@ -118,6 +186,8 @@ class Setup:
             devices=devices,
             sharded=sharded,
             rollouts=rollouts,
+            held_out=_held_out(cfg, engine, prompt_tokens),
+            engine=engine,
             max_accumulate=(
                 max(1, data["problems"] * data["responses"] // (data["updates"] * devices)) if rollouts else accumulate
             ),
@@ -157,7 +227,7 @@ def _devices(trainer: Mapping[str, Any]) -> int:
 
 
 def _packs(
-    data: Mapping[str, Any], dealt: int, rollouts: Rollouts | None, patches: int | None, prompt_tokens: int
+    data: Mapping[str, Any], dealt: int, rollouts: Answers | None, patches: int | None, prompt_tokens: int
 ) -> tuple[Pack, ...]:
     phases = data.get("phases")
     if not phases:
@@ -176,7 +246,7 @@ def _packs(
 
 
 def _experience_pack(
-    data: Mapping[str, Any], dealt: int, rollouts: Rollouts, patches: int | None, prompt_tokens: int
+    data: Mapping[str, Any], dealt: int, rollouts: Answers, patches: int | None, prompt_tokens: int
 ) -> Pack:
     """An iteration's responses, all at the cap, over its updates, each ``dealt`` to so many packs; a problem's image
     goes once."""
@@ -188,7 +258,7 @@ def _experience_pack(
     return Pack(f"{responses} response{'s' * (responses > 1)}", tokens, most if patches is None else patches)
 
 
-def _packs_of_update(data: Mapping[str, Any], rollouts: Rollouts | None, devices: int) -> int:
+def _packs_of_update(data: Mapping[str, Any], rollouts: Answers | None, devices: int) -> int:
     """Packs that an RL update takes on a device so that none passes ``data.max_length``, all responses at the cap."""
     if rollouts is None or not data.get("max_length"):
         return 1
@@ -196,12 +266,56 @@ def _packs_of_update(data: Mapping[str, Any], rollouts: Rollouts | None, devices
     return math.ceil(responses / max(1, data["max_length"] // rollouts.tokens))
 
 
-def _rollouts(cfg: Mapping[str, Any], devices: int, prompt_tokens: int) -> Rollouts:
+def _rollouts(data: Mapping[str, Any], devices: int, engine: Engine, prompt_tokens: int) -> Answers:
     """A device answers its share of the problems."""
-    rows = cfg["rollout"].get("max_rows") or 256
-    data = cfg["data"]
-    problems = -(-data["problems"] // devices)
-    return Rollouts(min(rows, problems * data["responses"]), prompt_tokens + data["max_new_tokens"])
+    requests = -(-data["problems"] // devices) * data["responses"]
+    return _answers(requests, data["responses"], prompt_tokens, data["max_new_tokens"], engine)
+
+
+def _answers(requests: int, samples: int, prompt: int, new: int, engine: Engine) -> Answers:
+    return Answers(requests, min(requests, engine.max_rows), samples, prompt, new)
+
+
+def _held_out(cfg: Mapping[str, Any], engine: Engine, prompt_tokens: int) -> HeldOut | None:
+    """As ``kimivl.run`` and the datamodules decide it: validation where there are problems for it, and a test where
+    there are and ``test`` is true. How many problems there are is not known: a full batch of them."""
+    data, evaluation = cfg["data"], cfg["evaluation"]
+    validated, tested = bool(data.get("val_shards")), bool(data.get("test_shards") and cfg.get("test"))
+    if not validated and not tested:
+        return None
+    every = cfg["trainer"].get("check_val_every_n_epoch") or 1
+    epochs = sum(phase["epochs"] for phase in data["phases"])
+    at_the_end = validated and epochs % every == 0
+    passes = [
+        _answers(EVALUATION_BATCH * samples, samples, prompt_tokens, evaluation["max_new_tokens"], engine)
+        for samples in dict.fromkeys((1, evaluation["samples"] or 1))
+    ]
+    return HeldOut(
+        passes=tuple(passes),
+        in_fit=validated and epochs >= every,
+        after=tested or validated and not at_the_end,
+        gradients=not at_the_end,
+    )
+
+
+def _engine(rollout: Mapping[str, Any], on_cpu: bool) -> Engine:
+    """Of the engines that are not known here, nothing is known to be on the device."""
+    name = str(rollout.get("_target_", "")).rpartition(".")[2]
+    rows = rollout.get("max_rows") or 256
+    if name == "HFRolloutEngine":
+        return Engine("hf", rows, rollout.get("prefill_tokens") or 8192)
+    if name != "VLLMRolloutEngine":
+        return Engine("elsewhere")
+    dtype = rollout.get("dtype")
+    return Engine(
+        "vllm",
+        rows,
+        cache=1e9 * float(rollout.get("kv_cache_gb") or 1),
+        number=0 if dtype is None else 4 if dtype == "float32" else 2,
+        sleeps=bool(rollout.get("sleep", True)) and not on_cpu,
+        eager=bool(rollout.get("enforce_eager")) or on_cpu,
+        length=rollout.get("max_model_len") or 0,
+    )
 
 
 def _thousands(tokens: int) -> str:

@@ -83,6 +83,7 @@ class Groups:
             "last sums": (0, self.rest.gradients + self.rest.buffer),
             "update": (0, 0),
             "rollouts": (whole, 0),
+            "evaluation": (whole, 0),
         }[moment]
         return {"weights gathered": float(gathered), "gradients to be summed": float(summed)}
 
