@@ -91,6 +91,17 @@ def test_stopped_on_one_rank_in_mid_iteration_it_goes_on(runs, devices):
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_killed_costs_the_steps_since_the_checkpoint_alone(runs, tmp_path):
+    fault = "+callbacks.fault={_target_: fault_at.FaultAt, what: kill, step: 4, rank: 1}"
+    command = [*RUN, *TWO, f"paths.root={runs}", f"paths.output_dir={tmp_path}"]
+    killed = train(*command, fault, "callbacks.checkpoint.every_n_train_steps=2", check=False)
+    assert killed.returncode and "rank 1" in killed.stderr and "Traceback" not in killed.stderr, killed.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+    train(*command)
+    assert_same_run(tmp_path, runs / "one")
+
+
+@pytest.mark.slow
 def test_sharded_and_evaluated_by_the_model_itself_it_is_the_same_run(runs, tmp_path):
     train(*RUN, *TWO, "strategy=fsdp", f"paths.root={runs}", f"paths.output_dir={tmp_path}")
     assert_same_run(tmp_path, runs / "one")
