@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import Callback
 
 import kimivl.run
+import kimivl.tracking
 
-PARTS = ("import", "set-up", "steps", "validation", "saving", "export", "test")
+PARTS = ("import", "set-up", "steps", "validation", "saving", "export", "test", "end")
 
 
 class Parts(Callback):
@@ -33,12 +34,13 @@ class Parts(Callback):
         self._first = trainer.is_global_zero
         if stage == "fit":
             self._enter("set-up", 0)
-            kimivl.run.hand_over = self._slowed(kimivl.run.hand_over)
+            kimivl.run.hand_over = self._slowed("export", kimivl.run.hand_over)
+            kimivl.tracking.close = self._slowed("end", kimivl.tracking.close)
 
-    def _slowed(self, hand_over: Callable[..., Any]) -> Callable[..., Any]:
+    def _slowed(self, part: str, done: Callable[..., Any]) -> Callable[..., Any]:
         def slow(*arguments: Any) -> Any:
-            self._enter("export", self.seconds)
-            return hand_over(*arguments)
+            self._enter(part, self.seconds)
+            return done(*arguments)
 
         return slow
 

@@ -2,8 +2,9 @@
 
     python tests/preempted_at_random.py --runs 20 --tasks 1 --seed 1
 
-The moments fall evenly on the parts of a run: imports, set-up, steps, validation, saving, export and test. Each run has
-a node of its own, is preempted once in ``--times`` parts, and made to start again at once.
+The moments fall evenly on the parts of a run, from its imports to its end (`parts_of_a_run.PARTS`). Each run has a node
+of its own, is preempted once in ``--times`` parts, and made to start again at once. The runs log to W&B, whose threads
+take signals as well. Exit code 1 when a run has not ended or is not equal.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,23 +86,24 @@ def entered_in(file: Path) -> list[Entered]:
     return [(part, float(at), float(cpu)) for part, at, cpu in rows]
 
 
-def words(root: Path, folder: Path, tasks: int, seconds: float) -> list[str]:
+def words(root: Path, folder: Path, given: argparse.Namespace) -> list[str]:
     parts = [
         "+callbacks.parts._target_=parts_of_a_run.Parts",
         f"+callbacks.parts.file={folder}/parts",
-        f"+callbacks.parts.seconds={seconds}",
+        f"+callbacks.parts.seconds={given.seconds}",
     ]
-    return [*short(root), "test=true", f"trainer.devices={tasks}", f"paths.output_dir={folder}/run", *parts]
+    own = ["test=true", f"logger={given.logger}", f"trainer.devices={given.tasks}", f"paths.output_dir={folder}/run"]
+    return [*short(root), *own, *parts]
 
 
-def submit(nodes: Cluster, run: Run, root: Path, tasks: int, seconds: float) -> None:
+def submit(nodes: Cluster, run: Run, root: Path, given: argparse.Namespace) -> None:
     run.folder.mkdir()
-    typed = " ".join(f"'{word}'" for word in words(root, run.folder, tasks, seconds))
+    typed = " ".join(f"'{word}'" for word in words(root, run.folder, given))
     script = run.folder / "job.sh"
     script.write_text(f"#!/bin/bash\nsrun --kill-on-bad-exit=1 {sys.executable} train.py {typed}\n")
     own = [f"--output={run.folder}/log", "--open-mode=append", "--requeue", "--signal=USR2@30", f"--chdir={ROOT}"]
     environment = {"PYTHONPATH": str(ROOT / "tests"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    where = [f"--nodelist={run.node}", "--nodes=1", f"--ntasks-per-node={tasks}"]
+    where = [f"--nodelist={run.node}", "--nodes=1", f"--ntasks-per-node={given.tasks}"]
     run.job = nodes.run("sbatch", "--parsable", *where, *own, str(script), **environment)
 
 
@@ -140,7 +142,7 @@ def preempt_at_random(nodes: Cluster, root: Path, lengths: dict[str, float], giv
         for node in sorted(set(nodes.nodes) - {run.node for run in busy}):
             if len(runs) < given.runs:
                 runs.append(Run(root / f"run-{len(runs)}", node, next(drawn)))
-                submit(nodes, runs[-1], root, given.tasks, given.seconds)
+                submit(nodes, runs[-1], root, given)
         for run in busy:
             life = run.life()
             run.follow(nodes, lengths)
@@ -153,19 +155,20 @@ def preempt_at_random(nodes: Cluster, root: Path, lengths: dict[str, float], giv
     return runs
 
 
-def measure(root: Path, tasks: int, seconds: float) -> dict[str, float]:
+def measure(root: Path, given: argparse.Namespace) -> dict[str, float]:
     """How long each part of an uninterrupted run lasts, whose folder is ``root/whole/run``."""
     began = time.time()
     (root / "whole").mkdir()
-    train(*words(root, root / "whole", tasks, seconds))
-    entered = [("import", began, 0.0), *entered_in(root / "whole/parts"), ("end", time.time(), 0.0)]
+    train(*words(root, root / "whole", given))
+    entered = [("import", began, 0.0), *entered_in(root / "whole/parts"), ("over", time.time(), 0.0)]
     lengths = dict.fromkeys(PARTS, 0.0)
     for (part, at, _), (_, until, _) in zip(entered, entered[1:], strict=False):
         lengths[part] += until - at
-    return lengths | {"saving": seconds, "test": seconds, "export": seconds}  # which are followed by other things
+    return lengths | dict.fromkeys(("saving", "export", "test"), given.seconds)  # which are followed by other things
 
 
-def report(runs: list[Run], whole: Path, complaints: str) -> None:
+def report(runs: list[Run], whole: Path, complaints: str) -> int:
+    """Say what became of each run; the number of those that have not ended or are not equal."""
     unequal = 0
     for run in runs:
         unlike = differences(run.folder / "run", whole) if run.state == "COMPLETED" else ["no end"]
@@ -180,26 +183,38 @@ def report(runs: list[Run], whole: Path, complaints: str) -> None:
     for unit, number in (("s", 0), ("s of CPU time", 1)):
         if taken := sorted(start[number] for run in runs for start in run.starts):
             print(f"start to first step: median {taken[len(taken) // 2]:.1f}, most {taken[-1]:.1f} {unit}")
+    return unequal
 
 
-def main() -> None:
+def preempt_and_compare(nodes: Cluster, root: Path, given: argparse.Namespace) -> tuple[int, int]:
+    """How many of the runs that were asked for are not the same as an uninterrupted one, and all preemptions."""
+    lengths = measure(root, given)
+    print("an uninterrupted run: " + ", ".join(f"{part} {second:.1f} s" for part, second in lengths.items()))
+    runs = preempt_at_random(nodes, root, lengths, given)
+    unequal = report(runs, root / "whole/run", nodes.complaints())
+    return unequal + given.runs - len(runs), sum(run.restarts for run in runs)
+
+
+def arguments(typed: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--times", type=int, default=1, help="how often each run is preempted")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tasks", type=int, default=1)
+    parser.add_argument("--logger", default="wandb", help="of the runs, as on their command line")
     parser.add_argument("--nodes", type=int, default=2, help="runs at the same time")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each part of a run is made to last")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which to give up")
-    given = parser.parse_args()
+    return parser.parse_args(typed)
+
+
+def main() -> int:
+    given = arguments(sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder, Cluster(given.nodes) as nodes:
-        root = Path(folder)
-        lengths = measure(root, given.tasks, given.seconds)
-        print("an uninterrupted run: " + ", ".join(f"{part} {second:.1f} s" for part, second in lengths.items()))
-        runs = preempt_at_random(nodes, root, lengths, given)
-        report(runs, root / "whole/run", nodes.complaints())
+        unequal, _ = preempt_and_compare(nodes, Path(folder), given)
+    return int(unequal > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
