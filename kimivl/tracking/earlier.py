@@ -23,6 +23,7 @@ from wandb.util import get_core_path
 
 from kimivl.config import HISTORY_FILE
 from kimivl.tracking.axes import Axes
+from kimivl.tracking.folder import read_history
 from kimivl.tracking.local import fresh
 from kimivl.tracking.names import STEP, TOKENS
 from kimivl.tracking.staged import Staged
@@ -119,8 +120,7 @@ def _began(path: Path) -> str:
 
 def _by_step(history: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of ``history.jsonl``, those of a step together."""
-    lines = history.read_text().splitlines() if history.is_file() else []
-    rows = (row for row in map(json.loads, lines) if row["step"] is not None)
+    rows = (row for row in read_history(history) if row["step"] is not None)
     for step, together in itertools.groupby(rows, key=lambda row: row["step"]):
         yield step, {name: value for row in together for name, value in row.items() if name != "step"}
 

@@ -28,7 +28,12 @@ def new_id() -> str:
 def read_run(output_dir: Path) -> dict[str, Any]:
     """What an earlier run in this folder has left about itself; empty where there was none."""
     path = output_dir / RUN_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove {output_dir}, or bring the file back") from error
 
 
 @rank_zero_only
@@ -84,7 +89,10 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file of which nobody ever sees a part; where it cannot be written the one that was there stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(text.encode())
+        with temporary.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that loses its power may leave an empty file of this name
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -104,6 +112,12 @@ def append(path: Path, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``history.jsonl`` that are there in full."""
+    whole, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 class History(Logger):
     """Every logged figure as a line of ``history.jsonl``, in every run.
 
@@ -113,6 +127,7 @@ class History(Logger):
     def __init__(self, output_dir: Path) -> None:
         super().__init__()
         self.path = output_dir / HISTORY_FILE
+        self._take_away_half_a_row()
 
     @property
     def name(self) -> str:
@@ -124,6 +139,11 @@ class History(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The configuration stands in ``run.json``."""
+
+    @rank_zero_only
+    def _take_away_half_a_row(self) -> None:
+        if self.path.is_file() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

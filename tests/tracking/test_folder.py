@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kimivl import tracking
+from kimivl.tracking.folder import read_history
 
 
 def test_a_run_keeps_its_id_where_its_folder_is_moved(tmp_path):
@@ -23,6 +24,21 @@ def test_history_is_appended_to(tmp_path):
         tracking.History(tmp_path).log_metrics({"train/loss": 1.5}, step)
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert rows == [{"step": 0, "train/loss": 1.5}, {"step": 1, "train/loss": 1.5}]
+
+
+def test_half_a_row_that_a_lost_machine_left_is_taken_away(tmp_path):
+    tracking.History(tmp_path).log_metrics({"train/loss": 1.5}, 0)
+    file = tmp_path / "history.jsonl"
+    file.write_text(file.read_text() + '{"step": 1, "train/lo')
+    assert read_history(file) == [{"step": 0, "train/loss": 1.5}]
+    tracking.History(tmp_path).log_metrics({"train/loss": 1.25}, 1)
+    assert [row["train/loss"] for row in read_history(file)] == [1.5, 1.25]
+
+
+def test_a_run_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/run\.json cannot be read .*; remove {tmp_path}, or bring"):
+        tracking.read_run(tmp_path)
 
 
 def test_run_file_round_trip(tmp_path):
