@@ -159,8 +159,10 @@ def resize(disk: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(root, alone, small_disk):
-    run = Run(root, "one", f"paths.output_dir={small_disk}/run", f"hydra.run.dir={small_disk}/run")
+@pytest.mark.parametrize("loggers", ["none", "[csv,tensorboard,wandb]"])
+def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(root, alone, small_disk, loggers):
+    where = [f"paths.output_dir={small_disk}/run", f"hydra.run.dir={small_disk}/run"]
+    run = Run(root, "one", *where, f"logger={loggers}")
     run.folder = small_disk / "run"
     said = run.fails()
     assert "last.ckpt could not be written: the disk is full" in said and "Traceback" not in said
