@@ -13,9 +13,10 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,6 +26,8 @@ from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from kimivl.runtime import signals
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +95,8 @@ class _SubmititLauncher(Launcher):
     def submit(self, jobs: list[tuple[Any, ...]]) -> list[JobReturn]:
         raise NotImplementedError
 
-    def executor(self, **settings: Any) -> Any:
-        """submitit's executor with the settings of this launcher."""
-        import submitit
-
-        kind = {"local": submitit.LocalExecutor, "slurm": submitit.SlurmExecutor}[self.cluster]
+    def executor(self, kind: Any, **settings: Any) -> Any:
+        """submitit's executor of a ``kind``, with the settings of this launcher."""
         executor = kind(self.folder, max_num_timeout=3)  # of signals that come before a job listens to them itself
         if self.gpus_per_node is not None:
             settings["gpus_per_node"] = self.gpus_per_node
@@ -152,57 +152,81 @@ class _SubmititLauncher(Launcher):
 
 
 class LocalLauncher(_SubmititLauncher):
-    """Jobs on this machine, as many at a time as it has GPUs or cores for: conf/hydra/launcher/local.yaml."""
+    """Jobs on this machine, as many at a time as it has GPUs or cores for: conf/hydra/launcher/local.yaml.
+
+    Attributes:
+        asked: the jobs that were asked for at once, with those that have finished before and are not run again.
+    """
 
     cluster = "local"
+    asked: int | None = None
 
     def submit(self, jobs: list[tuple[Any, ...]]) -> list[JobReturn]:
         places = self._places()
+        environment = self._environment(min(len(places), self.asked or len(jobs)))
         waiting, running = list(enumerate(jobs)), dict[int, tuple[Any, list[int]]]()
         returns: dict[int, JobReturn] = {}
-
-        def pass_on(*signal_and_frame: object) -> None:
-            waiting.clear()
-            for job, _ in running.values():
-                job._process.terminate()  # which passes it on to its tasks
-
-        before = signal.signal(signal.SIGTERM, pass_on)
-        try:
-            while waiting or running:
-                while waiting and places:
+        came: list[int] = []
+        stopped = False
+        # What comes is only remembered at first: a job that is being started at that moment is to be told as well.
+        with _listening(lambda number, frame: came.append(number)):
+            while running or waiting and not stopped:
+                while waiting and places and not came and not stopped:
                     (number, arguments), place = waiting.pop(0), places.pop(0)
-                    with _deaf_to_ctrl_c():
-                        running[number] = self.executor(visible_gpus=place).submit(self, *arguments), place
+                    running[number] = self._start(place, environment, arguments), place
+                while came:
+                    stopped = _tell([job for job, _ in running.values()], came.pop(0), first=not stopped)
                 for number in [number for number, (job, _) in running.items() if job.done()]:
                     job, place = running.pop(number)
                     places.append(place)
                     returns[number] = self.outcome(job, jobs[number][0])
-                _sleep_or_wait_for_their_end(waiting)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if len(returns) < len(jobs):
+                time.sleep(0.2)
+        if stopped or came:
+            # Not returned, though there may be an outcome of every job: a search would take it for the trials', and go
+            # on with the next.
             log.warning("stopped; the same command into the same folder goes on")
             raise SystemExit(130)
         return [returns[number] for number in range(len(jobs))]
+
+    def _start(self, gpus: list[int], environment: dict[str, str], arguments: tuple[Any, ...]) -> Any:
+        from kimivl.sweep.local_jobs import Executor
+
+        executor = self.executor(Executor, visible_gpus=gpus)
+        executor.signals, executor.environment = signals.OF_SCHEDULERS, environment
+        return executor.submit(self, *arguments)
 
     def _places(self) -> list[list[int]]:
         """The GPUs of each job that runs at the same time; empty lists where none are used."""
         devices = self.settings["tasks_per_node"]
         if not self.gpus_per_node:
-            return [[] for _ in range(self.array_parallelism or max(1, (os.cpu_count() or 1) // devices))]
+            return [[] for _ in range(self.array_parallelism or max(1, _cores() // devices))]
         gpus = _gpus()
         if devices > len(gpus):
             raise CompactHydraException(f"trainer.devices={devices}, but this machine has {len(gpus)} GPUs")
         places = [gpus[first : first + devices] for first in range(0, len(gpus) - devices + 1, devices)]
         return places[: self.array_parallelism]
 
+    def _environment(self, at_a_time: int) -> dict[str, str]:
+        """Without it each task would take all cores.
 
-def _sleep_or_wait_for_their_end(waiting: list[Any]) -> None:
-    try:
-        time.sleep(0.2)
-    except KeyboardInterrupt:  # the jobs have got it, too
-        print("\nwaiting until the running jobs are saved; Ctrl-C stops them at once")
-        waiting.clear()
+        The number depends on what was asked for, and not on what of that is left: other threads round in another order,
+        and a sweep that goes on is to go on as it would have.
+        """
+        if "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, _cores() // (at_a_time * self.settings["tasks_per_node"])))}
+
+
+def _tell(jobs: Sequence[Any], number: int, first: bool) -> bool:
+    """Pass a signal on to jobs; True, since they stop then."""
+    if number == signal.SIGINT:
+        # The terminal has told those that listen to it already; a job that has just begun does not yet.
+        number = signal.SIGTERM
+        if first:
+            print("\nwaiting until the running jobs are saved; Ctrl-C stops them at once", flush=True)
+    for job in jobs:
+        job._process.send_signal(number)
+    return True
 
 
 class SlurmLauncher(_SubmititLauncher):
@@ -225,12 +249,15 @@ class SlurmLauncher(_SubmititLauncher):
         return f"hydra/launcher=slurm: {why}: {remedy}"
 
     def submit(self, jobs: list[tuple[Any, ...]]) -> list[JobReturn]:
-        executor = self.executor(array_parallelism=self.array_parallelism or len(jobs))
+        import submitit
+
+        executor = self.executor(submitit.SlurmExecutor, array_parallelism=self.array_parallelism or len(jobs))
         submitted = executor.map_array(self, *zip(*jobs, strict=True))
         first = submitted[0].job_id.split("_")[0]
         log.info("SLURM job %s; stop it with: scancel %s", first, first)
         try:
-            _wait(submitted)
+            with _listening(signal.default_int_handler):
+                _wait(submitted)
         except KeyboardInterrupt:
             log.warning("the jobs go on without this process; stop them with: scancel %s", first)
             raise SystemExit(130) from None
@@ -279,19 +306,35 @@ def _check_fixed(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> 
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes that are started here inherit it. submitit's own would kill the jobs at Ctrl-C before they are saved;
-    the jobs themselves listen to it again."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _listening(answer: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Answer Ctrl-C and what schedulers send, also what has come before.
+
+    Behind this block they wait again, for the next jobs of the sweep; a sweep that has none left needs no answer.
+    """
+    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, *signals.OF_SCHEDULERS)}
     try:
+        signals.release()
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signals.hold()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+
+def _cores() -> int:
+    """Those that this process may use, which are fewer than the machine's in the job of a scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[int]:
     if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return [int(number) for number in chosen.split(",")]
+        try:
+            return [int(number) for number in chosen.split(",")]
+        except ValueError:
+            raise CompactHydraException(
+                f"error: CUDA_VISIBLE_DEVICES={chosen}: hydra/launcher=local deals GPUs out by their numbers; give "
+                "those, as nvidia-smi -L lists them (CUDA_VISIBLE_DEVICES=0,1 python train.py -m ...), or leave "
+                "hydra/launcher=local out, and the jobs run one after the other"
+            ) from None
     import torch
 
     return list(range(torch.cuda.device_count()))

@@ -12,6 +12,10 @@ from omegaconf import DictConfig
 from kimivl.runtime import signals
 from kimivl.runtime.launch import check_multirun, find_place
 
+_ANSWER_SIGNALS = ("hydra_plugins.kimivl_launchers.", "hydra._internal.core_plugins.basic_launcher.")
+"""Launchers for which signals may wait: ours listen while jobs run, and a job of Hydra's own listens in this process.
+Both then answer what has come, so that no signal ends a sweep that could not say how it goes on."""
+
 
 class Beforehand(Callback):
     """Refuses in one sentence what Hydra would answer with a traceback of its inside, or a multirun job by job."""
@@ -20,7 +24,8 @@ class Beforehand(Callback):
         _make(Path(config.hydra.run.dir), "paths.output_dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        signals.release()  # launchers have handlers of their own, and none of their jobs is to begin deaf
+        if not str(config.hydra.launcher._target_).startswith(_ANSWER_SIGNALS):
+            signals.release()  # its jobs would begin deaf, and it would not hear what it is told
         try:
             check_multirun()
         except ValueError as error:

@@ -70,6 +70,7 @@ class PointLauncher:
             results[number].return_value = CompactHydraException("it is running already, and is left to that")
         # One after the other in this process: each failure is said, and its memory freed, before the next job begins.
         size = 1 if isinstance(self.launcher, BasicLauncher) else max(len(missing), 1)
+        self.launcher.asked = len(job_overrides)  # for those that share this machine out
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             todo = [
@@ -85,7 +86,10 @@ class PointLauncher:
         if result.status != JobStatus.FAILED:
             return
         folder, error = self.folder_of(overrides), result._return_value
-        note_failure(folder, overrides, reason_of(result))
+        try:
+            note_failure(folder, overrides, reason_of(result))
+        except OSError as why:  # a full disk, or a folder of somebody else's: no reason to leave the other jobs out
+            log.warning("%s: what became of it cannot be written down: %s", folder.name, why)
         foreseen = isinstance(error, CompactHydraException | ValueError)
         log.error("%s: %s", folder.name, reason_of(result), exc_info=None if foreseen else error)
         while error is not None:  # its frames hold the model, and the memory of the device

@@ -50,6 +50,7 @@ def test_what_has_finished_is_not_launched_and_keeps_its_place(tmp_path):
     inner, launcher = points(tmp_path, {"seed=1": 0.1, "seed=3": 0.3})
     results = launcher.launch([[f"seed={seed}", "stage=rl"] for seed in (1, 2, 3)], initial_job_idx=0)
     assert [result.return_value for result in results] == [0.1, 0.2, 0.3]
+    assert inner.asked == 3  # so that the two have as many threads as they would have had beside the third
     assert inner.batches == [
         [
             ["seed=1", "stage=rl", "hydra.sweep.subdir=seed-1"],
@@ -98,6 +99,15 @@ def test_a_run_that_is_under_way_is_left_alone(tmp_path):
     assert left.status == JobStatus.FAILED and "is running already" in str(left._return_value)
     assert done.return_value == 0.2 and len(inner.batches) == 1
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
+
+
+def test_a_failure_that_cannot_be_written_down_does_not_end_the_sweep(tmp_path, caplog):
+    (tmp_path / "seed-1").touch()  # as good as a full disk, or a folder of somebody else's
+    _, launcher = points(tmp_path, {"seed=1": ValueError("no such model"), "seed=2": 0.2})
+    failed, done = launcher.launch([["seed=1"], ["seed=2"]], initial_job_idx=0)
+    assert failed.status == JobStatus.FAILED and done.return_value == 0.2
+    assert "seed-1: what became of it cannot be written down: [Errno" in caplog.text
+    assert "seed-1: no such model" in caplog.text
 
 
 def test_a_failure_does_not_hold_on_to_what_the_job_had(tmp_path):
