@@ -8,7 +8,7 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
+from kimivl.runtime.lock import LOCK_FILE
 from kimivl.sweep.command import MULTIRUN_FILE, command_of
-from kimivl.sweep.points import OVERRIDES_FILE, by_key, is_alive, matters, read_json, read_overrides
+from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_name, is_alive, matters, read_json, read_overrides
 
 Status = Literal["finished", "diverged", "failed", "killed", "interrupted", "running", "missing"]
 """``diverged``: the run came to its end, and its metric is no number."""
@@ -91,8 +92,8 @@ def read_sweep(folder: Path, metric: str | None = None, direction: Literal["max"
     points = [] if search else _points(asked)
     varied = _varied([job.values for job in jobs] + points)
     missing = [point for point in points if not any(_same(point, job.values, [*varied, SEED]) for job in jobs)]
-    under_way = sum(job.status in ("running", "interrupted", "killed") for job in jobs)
-    left = max(0, settings["n_trials"] - _ended(folder, jobs) - under_way) if search else 0
+    under_way = {job.folder.name for job in jobs if job.status in ("running", "interrupted", "killed")}
+    left = max(0, settings["n_trials"] - _ended(folder, jobs, under_way) - len(under_way)) if search else 0
     return Sweep(
         folder=folder,
         metric=name,
@@ -173,7 +174,8 @@ def _job(folder: Path, metric: str) -> Job:
     alive = is_alive(folder)
     if alive is False:
         return Job(folder, values, "killed", None, f"its process is gone; {_progress(folder)}", begun)
-    return Job(folder, values, "running", None, _progress(folder) + _silence(folder), begun)
+    doubt = "" if alive else f" (or gone: {folder / LOCK_FILE} cannot be read)"
+    return Job(folder, values, "running", None, _progress(folder) + _silence(folder) + doubt, begun)
 
 
 def _progress(folder: Path) -> str:
@@ -210,15 +212,33 @@ def _same(one: Mapping[str, str], other: Mapping[str, str], keys: Sequence[str])
     return all(one.get(key) == other.get(key) for key in keys)
 
 
-def _ended(folder: Path, jobs: Sequence[Job]) -> int:
-    """Trials that are not run again: by the study where it lies in the folder, else by the runs."""
+def _ended(folder: Path, jobs: Sequence[Job], under_way: Container[str]) -> int:
+    """Trials that are not run again: by the study where it lies in the folder, else by the runs.
+
+    A trial that was only stopped has failed by the study, and its run is among those ``under_way``.
+    """
     database = folder / "study.db"
     if not database.is_file():
         return sum(job.status in ("finished", "diverged", "failed") for job in jobs)
     with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as study:
-        [[ended]] = study.execute("SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'FAIL', 'PRUNED')")
-        repeated = study.execute("SELECT value_json FROM study_user_attributes WHERE key = 'repeated'").fetchall()
-    return int(ended) - sum(len(json.loads(value)) for (value,) in repeated)
+        [[ended]] = study.execute("SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED')")
+        failed = study.execute("SELECT trial_id, number FROM trials WHERE state = 'FAIL'").fetchall()
+        attributes = study.execute("SELECT value_json FROM study_user_attributes WHERE key = 'repeated'").fetchall()
+        names = {number: folder_name(_drawn(study, trial)) for trial, number in failed}
+    repeated = {number for (value,) in attributes for number in json.loads(value)}
+    return int(ended) + sum(number not in repeated and name not in under_way for number, name in names.items())
+
+
+def _drawn(study: sqlite3.Connection, trial: int) -> Iterator[str]:
+    """The overrides of a trial, as Optuna keeps them in its database: a choice by its place among all of them."""
+    query = "SELECT param_name, param_value, distribution_json FROM trial_params WHERE trial_id = ?"
+    for name, value, kind in study.execute(query, [trial]):
+        distribution = json.loads(kind)
+        if "choices" in distribution["attributes"]:
+            value = distribution["attributes"]["choices"][int(value)]
+        elif distribution["name"].startswith("Int"):
+            value = int(value)
+        yield f"{name}={value}"
 
 
 def _direction(metric: str, settings: Mapping[str, Any]) -> Literal["max", "min"]:

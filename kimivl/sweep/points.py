@@ -105,14 +105,18 @@ def spell(overrides: Mapping[str, Any], key: str) -> str:
 
 
 def is_alive(folder: Path) -> bool | None:
-    """Whether a process holds the run; None where that cannot be told."""
+    """Whether a process holds the run; None where that cannot be told: there is no lock, or none that may be read."""
     try:
-        with (folder / LOCK_FILE).open("r+") as file:
-            fcntl.lockf(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
+        file = (folder / LOCK_FILE).open()
     except OSError:
         return None
+    with file:
+        try:  # a shared one takes no more than the permission to read: the run may be another user's
+            fcntl.lockf(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return None
     return False
 
 

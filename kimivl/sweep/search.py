@@ -64,7 +64,8 @@ def _search(sweeper: Any, arguments: list[str], folder: Path) -> None:
     try:
         sweeper.sweep(arguments)
     except ValueError as error:
-        if _has_value(sweeper):
+        # When all trials have ended, and none with a value, it is Optuna's, which looks for the best one.
+        if _has_value(sweeper) or _is_under_way(sweeper):
             raise CompactHydraException(f"error: {error}") from error
     if not _has_value(sweeper):
         raise CompactHydraException(f"\nerror: no trial has a value; why: kimivl sweep {folder}")
@@ -74,6 +75,12 @@ def _has_value(sweeper: Any) -> bool:
     """Whether any trial has ended with a number; a study that is kept nowhere is taken to have one."""
     study = _study(sweeper)
     return not study or any(math.isfinite(trial.value) for trial in study.trials if trial.value is not None)
+
+
+def _is_under_way(sweeper: Any) -> bool:
+    """Whether a trial was begun and has not ended."""
+    study = _study(sweeper)
+    return study is not None and any(trial.state == TrialState.RUNNING for trial in study.trials)
 
 
 def _study(sweeper: Any) -> optuna.study.Study | None:

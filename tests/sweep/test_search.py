@@ -100,6 +100,16 @@ def test_a_search_in_which_nothing_works_says_so(tmp_path):
     assert "nothing to search" in sweep(tmp_path, "sweep=search").stderr
 
 
+@pytest.mark.slow
+def test_a_search_that_cannot_go_on_says_why(tmp_path):
+    folder = tmp_path / "digits" / "sweeps" / "sft-lr"
+    sweep(tmp_path, "sweep=lr", "hydra.sweeper.n_trials=1")
+    (folder / "study.db").unlink()
+    other = sweep(tmp_path, "sweep=lr", "hydra.sweeper.n_trials=1", "seed=7")
+    assert other.returncode == 1 and "Traceback" not in other.stderr
+    assert "holds a finished run with no seed, and this sweep has seed=7: give it a folder of its own" in other.stderr
+
+
 def sweeper_of(tmp_path, trials):
     """What the sweeper of hydra-optuna-sweeper has of a search."""
     sampler = {"_target_": "optuna.samplers.RandomSampler", "seed": 1}
@@ -112,6 +122,31 @@ def ask(sweeper, sampler):
     study = optuna.create_study(sweeper.storage, sampler, study_name="x", direction="maximize", load_if_exists=True)
     trial = study.ask()
     return study, trial, trial.suggest_uniform("lr", 0, 1)
+
+
+def test_a_trial_that_was_stopped_is_missing_once(tmp_path):
+    """By the study it has failed, and by its run it goes on: of four trials one is done, one stopped, one to come."""
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="x")
+    for status in ("finished", "interrupted", "failed"):
+        trial = study.ask()
+        values = {
+            "lr": trial.suggest_float("lr", 1e-9, 1, log=True),
+            "rank": trial.suggest_int("rank", 1, 64),
+            "objective": trial.suggest_categorical("objective", ["grpo", "dapo", "gspo"]),
+            "warm": trial.suggest_categorical("warm", [True, False]),
+        }
+        study.tell(trial, **({"values": 0.5} if status == "finished" else {"state": optuna.trial.TrialState.FAIL}))
+        overrides = [f"{key}={value}" for key, value in values.items()]
+        run = tmp_path / folder_name(overrides)
+        (run / ".hydra").mkdir(parents=True)
+        (run / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+        (run / "run.json").write_text(json.dumps({"status": status}))
+        if status == "finished":
+            (run / "metrics.json").write_text('{"val/accuracy": 0.5}')
+    (tmp_path / "multirun.yaml").write_text(
+        "hydra: {sweeper: {n_trials: 4}, job: {name: train}, overrides: {task: [], hydra: []}}"
+    )
+    assert read_sweep(tmp_path).counts == {"finished": 1, "interrupted": 1, "failed": 1, "missing": 1}
 
 
 def test_a_trial_that_was_under_way_is_taken_up_with_its_values(tmp_path):
