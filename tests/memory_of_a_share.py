@@ -1,6 +1,7 @@
 """Memory of the first of N ranks in a training step, with collectives that carry nothing; prints bytes at the peak.
 
     python tests/memory_of_a_share.py 8 full [vision_tower ...]
+    python tests/memory_of_a_share.py 8 whole       # not in a step, but with the whole model gathered on each rank
 
 What the allocator of the CPU gives out is counted, so it is a process of its own. Numbers are nonsense: nothing comes
 from ranks that are not there.
@@ -20,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration
 from kimivl.model.checkpointing import checkpoint_activations
-from kimivl.model.parallel import shard
+from kimivl.model.parallel import gathered, shard
 from kimivl.optim import MuonAdamW
 
 LENGTHS, IMAGES = [64] * 4, [(8, 8)] * 4
@@ -42,7 +43,7 @@ def main(ranks: int, mode: str, freeze: list[str]) -> int:
     model = KimiVLForConditionalGeneration(config()).train()
     for part in freeze:
         getattr(model, part).requires_grad_(False)
-    checkpoint_activations(model, mode)
+    checkpoint_activations(model, "full" if mode == "whole" else mode)
     shard(model, init_device_mesh("cpu", (ranks,)))
     optimizer = MuonAdamW([(n, w) for n, w in model.named_parameters() if w.requires_grad], lr=1e-4)
     pack = _pack(model.config)
@@ -59,8 +60,12 @@ def main(ranks: int, mode: str, freeze: list[str]) -> int:
     states = [state for states in optimizer.state.values() for state in states.values()]
     before = sum(_local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers(), *states))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-        step()
+        if mode == "whole":
+            with gathered(model):
+                pass
+        else:
+            step()
+            step()
     return before + _peak(found)
 
 

@@ -6,30 +6,41 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from kimivl.cli import main
 from kimivl.config import compose_run
+from kimivl.data.pack import IGNORE, EncodedSample
+from kimivl.data.sample import Sample
 from kimivl.memory import Device, Estimate, Setup, estimate
+from kimivl.memory import generation as memory_of_generation
 from kimivl.memory.activations import GROUPED_TOKENS, decoder_layer, vision_block
 from kimivl.memory.check import check_memory
+from kimivl.memory.estimate import ANSWERING, Moment
+from kimivl.memory.generation import generation
 from kimivl.memory.live import LiveBytes
 from kimivl.memory.parameters import measure
-from kimivl.memory.remedies import remedies
-from kimivl.memory.setup import Numbers, Pack
-from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, experts
+from kimivl.memory.remedies import _answering, remedies
+from kimivl.memory.setup import EVALUATION_BATCH, Answers, Engine, HeldOut, Numbers, Pack
+from kimivl.model import KimiVLConfig, KimiVLForConditionalGeneration, cache, experts
 from kimivl.model import segment_attention as kernels
 from kimivl.model.checkpointing import checkpoint_activations
 from kimivl.model.segments import Segments
 from kimivl.model.vision import rope_2d
 from kimivl.optim import MuonAdamW
+from kimivl.rl.hf import HFRolloutEngine
+from kimivl.rl.types import Policy, Problem, Request, Sampling
+from kimivl.stages import datamodule
 
 MUON = {"_target_": "kimivl.optim.MuonAdamW", "lr": 1e-3}
 
@@ -225,6 +236,191 @@ def test_the_peak_of_a_whole_step(small: KimiVLConfig, mode: str, freeze: tuple[
     assert found.peak == pytest.approx(measured, rel=0.15)
 
 
+# ---- answering ------------------------------------------------------------------------------------------------------
+
+
+def problem(number: int, tokens: int, images: int, media: int) -> Problem:
+    """A prompt of so many tokens, with images of 16 x 16 patches among them."""
+    ids = torch.randint(10, 300, (tokens,), generator=torch.Generator().manual_seed(number))
+    ids[: 64 * images] = media
+    encoded = EncodedSample(
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORE),
+        pixel_values=torch.zeros(256 * images, 3, 14, 14, dtype=torch.uint8),
+        image_grid_hws=torch.tensor([(16, 16)] * images, dtype=torch.int64).reshape(-1, 2),
+    )
+    return Problem(number, Sample(key=f"p{number}", messages=[], images=(), answer="1"), encoded)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "problems", "samples", "prompt", "new", "images", "engine"),
+    [
+        pytest.param(20_000, 16, 4, 20, 8, 0, {}, id="logits"),
+        pytest.param(1000, 4, 16, 20, 150, 0, {}, id="a cache that has grown"),
+        pytest.param(1000, 16, 1, 256, 4, 3, {"prefill_tokens": 2048}, id="the vision tower"),
+        pytest.param(1000, 48, 1, 300, 4, 0, {"prefill_tokens": 512}, id="prompts that were read"),
+        pytest.param(1000, 16, 2, 300, 8, 0, {"prefill_tokens": 512, "max_rows": 8}, id="rows filled again"),
+        pytest.param(1000, 8, 1, 300, 4, 0, {}, id="reading"),
+    ],
+)
+def test_the_peak_of_answering(
+    vocabulary: int, problems: int, samples: int, prompt: int, new: int, images: int, engine: dict[str, int]
+):
+    """Responses that all run to their cap, by the training model itself, beside its weights."""
+    torch.manual_seed(0)
+    config = recipe("tiny", vocab_size=vocabulary, media_placeholder_token_id=vocabulary - 1)
+    model = KimiVLForConditionalGeneration(config).eval()
+    policy = Policy(model, decode=str, stop_id=-1, pad_id=0, never=(vocabulary - 1,))
+    posed = [problem(number, prompt, images, vocabulary - 1) for number in range(problems)]
+    requests = [Request(one, 100 * one.number + g) for one in posed for g in range(samples)]
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        HFRolloutEngine(policy, **engine).generate(requests, Sampling(new))
+
+    own = Engine("hf", **engine)
+    batch = max(1, own.prefill_tokens // prompt)
+    packs = (Pack("a pack", 1024, 256 * images * batch),)
+    setup = setup_of(config, packs=packs, patches_given=True, engine=own)
+    asked = Answers(len(requests), min(len(requests), own.max_rows), samples, prompt, new)
+    found = generation(setup, measure(setup), asked, 0.0)
+    print(f"{live.peak / 1e6:.1f} MB, estimate {found.total / 1e6:.1f}: {found.purpose}")
+    assert found.total == pytest.approx(live.peak, rel=0.2)
+
+
+def resolved(*overrides: str) -> dict[str, Any]:
+    return OmegaConf.to_container(compose_run("experiment=kimi_vl_a3b", *overrides), resolve=True)  # type: ignore[return-value]
+
+
+HELD_OUT = ["data.val_shards=val.tar"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "in_fit"),
+    [
+        (HELD_OUT, True),
+        (["data.test_shards=test.tar", "test=true"], False),
+        ([*HELD_OUT, "trainer.check_val_every_n_epoch=2"], True),
+        ([*HELD_OUT, "trainer.check_val_every_n_epoch=3"], False),
+    ],
+)
+def test_who_has_held_out_problems_answers_them(overrides: list[str], in_fit: bool):
+    """As ``kimivl.run`` has it: two epochs here."""
+    held_out = Setup.of(resolved("stage=sft", *overrides)).held_out
+    assert held_out is not None and held_out.in_fit is in_fit
+    assert [one.rows for one in held_out.passes] == [128, 256]
+    assert {one.tokens for one in held_out.passes} == {1024 + 16384}
+
+
+def test_without_held_out_problems_there_is_no_evaluation():
+    assert Setup.of(resolved("stage=sft")).held_out is None
+    assert Setup.of(resolved("stage=sft", "data.test_shards=test.tar", "test=false")).held_out is None
+
+
+def moment_of(name: str, *overrides: str, **settings: Any) -> Moment:
+    found = estimate(replace(Setup.of(resolved(*overrides)), **settings))
+    return next(moment for moment in found.packs[0].moments if moment.name == name)
+
+
+def test_an_evaluation_counts_the_whole_model_beside_the_states():
+    """Of a model that is cut up over 16 devices: what must be there before the first key is written."""
+    share = ["stage=sft", "data=kimi_vl_sft_8k", "strategy=fsdp", "trainer.devices=16", *HELD_OUT]
+    moment = moment_of("evaluation", *share)
+    assert moment.rows["weights gathered"] == pytest.approx(32.8e9, rel=0.01) and moment.rows["gradients"] == 0
+    assert moment.rows["optimiser: momentum"] > 0 and moment.total - moment.rows["KV cache"] > 38.6e9
+    assert moment.rows["KV cache"] == 256 * 31_104 * (1024 + 16384 + 256)
+    few = moment_of("evaluation", *share, "rollout.max_rows=4", "evaluation.max_new_tokens=1024")
+    assert few.rows["KV cache"] < moment.rows["KV cache"] / 200
+
+
+def test_after_the_fit_the_states_have_left_the_device_unless_the_model_is_cut_up():
+    alone = moment_of("evaluation", "stage=sft", "data.test_shards=test.tar", "test=true")
+    assert "optimiser: momentum" not in alone.rows and alone.rows["gradients"] == 0
+    several = ["strategy=fsdp", "trainer.devices=4"]
+    share = moment_of("evaluation", "stage=sft", "data.test_shards=test.tar", "test=true", *several)
+    assert share.rows["optimiser: momentum"] > 0 and share.rows["gradients"] == 0
+
+
+def test_lightning_frees_gradients_before_it_validates():
+    """Which the estimate counts on: in a fit, and after one whose last steps were not validated."""
+    seen = []
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return (self.weight * batch).sum()
+
+        def validation_step(self, batch: Tensor) -> None:
+            seen.append(self.weight.grad is None)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=3, check_val_every_n_epoch=2, num_sanity_val_steps=0, **settings)
+    module, data = Module(), DataLoader(torch.ones(2))
+    trainer.fit(module, data, DataLoader(torch.ones(1)))
+    assert module.weight.grad is not None
+    trainer.validate(module, DataLoader(torch.ones(1)), verbose=False)
+    assert seen == [True, True]
+
+
+def test_what_the_estimate_knows_of_the_code():
+    assert EVALUATION_BATCH == datamodule.EVALUATION_BATCH and cache._ROOM == memory_of_generation._ROOM
+
+
+def test_each_engine_takes_what_it_takes():
+    rl = ["stage=rl"]
+    own = moment_of("rollouts", *rl)
+    vllm = moment_of("rollouts", *rl, "rollout=vllm", "rollout.kv_cache_gb=7")
+    assert own.rows["KV cache"] > 100e9 and "engine: weights" not in own.rows
+    assert vllm.rows["engine: weights"] == pytest.approx(32.8e9, rel=0.01) and vllm.rows["engine: KV cache"] == 7e9
+    assert "KV cache" not in vllm.rows
+    for sleeps in (True, False):
+        setup = Setup.of(resolved(*rl, "rollout=vllm", f"rollout.sleep={str(sleeps).lower()}"))
+        training = [moment for moment in estimate(setup).packs[0].moments if moment.name not in ANSWERING]
+        assert all(("engine: weights" in moment.rows) is not sleeps for moment in training)
+        assert all("engine: graphs" in moment.rows for moment in training)
+    single = moment_of("rollouts", *rl, "rollout=vllm", "trainer.precision=bf16-mixed")
+    half = moment_of("rollouts", *rl, "rollout=vllm", "trainer.precision=bf16-mixed", "rollout.dtype=bfloat16")
+    assert single.rows["engine: weights"] == 2 * half.rows["engine: weights"]
+    server = estimate(Setup.of(resolved(*rl, "rollout=vllm_server", *HELD_OUT)))
+    assert not any(moment.name in ANSWERING or "engine: weights" in moment.rows for moment in server.packs[0].moments)
+    idle = estimate(Setup.of(resolved("stage=sft", "rollout=vllm")))  # which nobody asks is not started
+    assert not any("engine: graphs" in moment.rows for moment in idle.packs[0].moments)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["stage=sft", "rollout=hf"], 0.5),
+        (["stage=rl", "rollout=hf"], 0.3),
+        (["stage=sft", "rollout=vllm", "rollout.kv_cache_gb=40"], 0.6),
+        (["stage=rl", "rollout=vllm", "rollout.kv_cache_gb=40", "rollout.sleep=false"], 0.8),
+        (["stage=sft", "rollout=vllm_server"], 0.5),
+    ],
+)
+def test_remedies_have_the_keys_of_the_engine(overrides: list[str], part: float):
+    typed = ["model=small", *overrides, *HELD_OUT]
+    found = estimate(Setup.of(resolved(*typed), 0))
+    changes = remedies(found, part * found.peak)
+    assert changes is not None
+    words = [word for change in changes for word in change.override.split()]
+    after = estimate(Setup.of(resolved(*typed, *words), 0))
+    assert after.peak <= part * found.peak, words
+    assert any(word.startswith("rollout.") for word in words) is ("rollout=vllm_server" not in overrides)
+
+
+def test_shorter_answers_of_an_evaluation_leave_the_rollouts_alone():
+    setup = Setup.of(resolved("stage=rl", "rollout.max_rows=1", "rollout.prefill_tokens=1024", *HELD_OUT))
+    [change] = [change for change in _answering(setup, "evaluation") if "max_new_tokens" in change.override]
+    after = Setup.of(
+        resolved("stage=rl", "rollout.max_rows=1", "rollout.prefill_tokens=1024", *HELD_OUT, *change.override.split())
+    )
+    assert after == change.apply(setup) and after.rollouts == setup.rollouts and after.held_out != setup.held_out
+
+
 # ---- cut up over several devices ------------------------------------------------------------------------------------
 
 
@@ -252,6 +448,23 @@ def test_the_peak_of_a_share(ranks: int, mode: str, freeze: tuple[str, ...]):
     print(f"{ranks} {mode}: {measured / 1e6:.1f} MB, estimate {found.peak / 1e6:.1f} in {found.packs[0].peak.name}")
     assert found.peak == pytest.approx(measured, rel=0.15)
     assert found.peak < 0.8 * estimate(setup_of(share.config(), **settings | {"sharded": False})).peak
+
+
+def test_the_whole_model_is_on_a_device_that_answers():
+    """As long as it answers, or gives its weights to an engine."""
+    import memory_of_a_share as share
+
+    settings = {"sharded": True, "devices": 8, "held_out": HeldOut((), True)}
+    found = estimate(setup_of(share.config(), engine=Engine("elsewhere"), **settings))
+    done = subprocess.run([sys.executable, share.__file__, "8", "whole"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    moment = found.packs[0].moments[-1]
+
+    print(f"{int(done.stdout) / 1e6:.1f} MB, estimate {moment.total / 1e6:.1f}")
+    assert moment.name == "evaluation" and moment.total == pytest.approx(int(done.stdout), rel=0.15)
+    assert moment.total > 4 * found.parameters.numel
+    small = setup_of(share.config(), engine=Engine("elsewhere"), **settings | {"sharded": False})
+    assert "evaluation" not in [moment.name for moment in estimate(small).packs[0].moments]
 
 
 def test_a_share_is_rows_of_the_first_rank(small: KimiVLConfig):
@@ -397,6 +610,9 @@ def test_the_command(capsys, monkeypatch: pytest.MonkeyPatch):
     code, out, _ = cli(capsys, "experiment=kimi_vl_a3b", "--gpu", "80GB", "trainer.devices=8", "strategy=fsdp")
     assert code == 0 and "cut up over 8 devices" in " ".join(out.split()) and "weights gathered from all" in out
     assert max(map(len, out.splitlines())) <= 80
+    for more in (["rollout=vllm", *HELD_OUT], ["rollout=vllm_server", "strategy=fsdp", "trainer.devices=8", *HELD_OUT]):
+        code, out, _ = cli(capsys, "experiment=kimi_vl_a3b", "stage=rl", "--gpu", "H200", *more)
+        assert "evaluation" in out and max(map(len, out.splitlines())) <= 80
     code, out, error = cli(capsys, "experiment=kimi_vl_a3b", "--gpu", "80GB", "trainer.devices=8")
     assert code == 2 and error.endswith("what fits: strategy=fsdp\n")
     code, out, error = cli(capsys, "--gpu", "0.2GB")

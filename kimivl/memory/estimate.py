@@ -10,8 +10,8 @@
     update              all gradients, the optimiser's workspace; no activations
     rollouts            the KV cache, and logits or prompts; no activations. A model that is cut up is whole on each
                         device while it answers by itself, or gives its weights to an engine
-    evaluation          the same with the held-out problems, where there are some. In the fit there are no gradients
-                        then; after it no optimiser states either, unless the model is cut up
+    evaluation          the same with the held-out problems, where there are some. There are no gradients then; after
+                        the fit no optimiser states either, unless the model is cut up
 
 The peak is the highest of them. A vLLM in the same process has weights and a cache of its own: where it sleeps, while
 it answers, else at all moments.
@@ -31,7 +31,7 @@ from kimivl.memory.activations import (
 )
 from kimivl.memory.generation import GRAPHS, Height, generation
 from kimivl.memory.parameters import Parameters, measure
-from kimivl.memory.setup import Answers, HeldOut, Pack, Setup
+from kimivl.memory.setup import Answers, Pack, Setup
 from kimivl.model.loss import block_columns
 
 CUDA_CONTEXT = 600_000_000
@@ -193,20 +193,9 @@ def _answering(setup: Setup, parameters: Parameters, gradients: float) -> list[M
         height = _highest(setup, parameters, (setup.rollouts,))
         found.append(_answered(setup, parameters, "rollouts", gradients, height))
     if setup.held_out is not None:
-        found.append(_evaluation(setup, parameters, setup.held_out))
+        height = _highest(setup, parameters, setup.held_out.passes)
+        found.append(_answered(setup, parameters, "evaluation", 0.0, height, fitted=not setup.held_out.in_fit))
     return found
-
-
-def _evaluation(setup: Setup, parameters: Parameters, held_out: HeldOut) -> Moment:
-    """In the fit or after it, whichever takes more."""
-    height = _highest(setup, parameters, held_out.passes)
-    moments = []
-    if held_out.in_fit:
-        moments.append(_answered(setup, parameters, "evaluation", 0.0, height))
-    if held_out.after:
-        there = float(parameters.gradients) if held_out.gradients and not parameters.in_backward else 0.0
-        moments.append(_answered(setup, parameters, "evaluation", there, height, fitted=True))
-    return max(moments, key=lambda moment: moment.total)
 
 
 def _highest(setup: Setup, parameters: Parameters, asked: tuple[Answers, ...]) -> Height:

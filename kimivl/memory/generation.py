@@ -51,19 +51,19 @@ def generation(setup: Setup, parameters: Parameters, asked: Answers, stack: floa
     if setup.engine.kind == "vllm":
         return max(Height(0.0, drawn, "logits of a token"), Height(0.0, reading, "prompts being read"), key=_total_of)
     token = text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * n.compute
-    full = float(asked.rows * token * _columns(asked.tokens))
+    full = float(asked.rows * token * _columns(asked))
     scores = asked.rows * text.num_attention_heads * asked.tokens * (8.0 + (n.compute if n.compute < 4 else 0))
     grown = full / text.num_hidden_layers  # a layer's buffer that is replaced by a longer one
+    longest = "logits of a token" if drawn >= scores else "scores of a token"
+    begun = float(asked.rows * token * (asked.prompt + _room(asked.prompt)))
+    prompts = float(_prompts(setup, asked) * asked.prompt * read)
     heights = [
-        Height(full, max(drawn, scores, grown) + stack, "logits of a token" if drawn >= scores else "scores of a token")
+        Height(full, max(drawn, scores, grown) + stack, longest),
+        Height(prompts, reading, "prompts being read"),
+        Height(prompts + begun, begun / text.num_hidden_layers, "prompts that were read"),
     ]
-    begun = float(asked.rows * token * _columns(asked.prompt))
-    prompts = float(asked.prompts * asked.prompt * read)
-    heights.append(Height(prompts, reading, "prompts being read"))
-    heights.append(Height(prompts + begun, begun / text.num_hidden_layers, "prompts that were read"))
-    if asked.requests > asked.rows:
-        own = _sequences(setup, asked) * asked.prompt * read
-        heights.append(Height(full, reading + own, "prompts being read"))
+    if asked.requests > asked.rows:  # rows that end together are filled together
+        heights.append(Height(full + prompts, reading, "prompts being read"))
     return max(heights, key=_total_of)
 
 
@@ -71,9 +71,18 @@ def _total_of(height: Height) -> float:
     return height.total
 
 
-def _columns(tokens: int) -> int:
-    """Of buffers for so many tokens, with the most room that they have behind them (``kimivl.model.cache``)."""
-    return tokens + min(max(tokens // 2, _ROOM[0]), _ROOM[1])
+def _columns(asked: Answers) -> int:
+    """Of the buffers at the end (``kimivl.model.cache``): as they grow where all rows begin together, else at most."""
+    if asked.requests > asked.rows:
+        return asked.tokens + _room(asked.tokens)
+    columns = asked.prompt + _room(asked.prompt)
+    while columns < asked.tokens:
+        columns += _room(columns)
+    return columns
+
+
+def _room(columns: int) -> int:
+    return min(max(columns // 2, _ROOM[0]), _ROOM[1])
 
 
 def _read_token(setup: Setup) -> int:
@@ -83,8 +92,14 @@ def _read_token(setup: Setup) -> int:
 
 
 def _sequences(setup: Setup, asked: Answers) -> int:
-    """Prompts of a batch."""
-    return min(asked.prompts, max(1, setup.engine.prefill_tokens // asked.prompt))
+    """Prompts of a batch, which reads ahead of the rows that are free."""
+    return min(-(-asked.requests // asked.samples), max(1, setup.engine.prefill_tokens // asked.prompt))
+
+
+def _prompts(setup: Setup, asked: Answers) -> int:
+    """Prompts that have been read when all rows are filled, in whole batches."""
+    batch = _sequences(setup, asked)
+    return min(-(-asked.requests // asked.samples), -(-asked.prompts // batch) * batch)
 
 
 def _reading(setup: Setup, asked: Answers, stack: float) -> float:

@@ -79,17 +79,14 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Held-out problems: ``passes`` over a batch of them, greedy and sampled.
+    """Held-out problems: ``passes`` over a batch of them, greedy and sampled. There are no gradients meanwhile.
 
-    ``in_fit``: answered during training, without gradients. ``after``: when the fit has ended (a test, or a validation
-    that the last epoch did not have); Lightning has then moved the optimiser's states to the host, unless the model is
-    cut up. ``gradients``: those of the last step are still there after the fit.
+    ``in_fit``: some are answered during training. After the fit Lightning has moved the optimiser's states to the host,
+    unless the model is cut up.
     """
 
     passes: tuple[Answers, ...]
     in_fit: bool
-    after: bool
-    gradients: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,17 +282,11 @@ def _held_out(cfg: Mapping[str, Any], engine: Engine, prompt_tokens: int) -> Hel
         return None
     every = cfg["trainer"].get("check_val_every_n_epoch") or 1
     epochs = sum(phase["epochs"] for phase in data["phases"])
-    at_the_end = validated and epochs % every == 0
     passes = [
         _answers(EVALUATION_BATCH * samples, samples, prompt_tokens, evaluation["max_new_tokens"], engine)
         for samples in dict.fromkeys((1, evaluation["samples"] or 1))
     ]
-    return HeldOut(
-        passes=tuple(passes),
-        in_fit=validated and epochs >= every,
-        after=tested or validated and not at_the_end,
-        gradients=not at_the_end,
-    )
+    return HeldOut(tuple(passes), in_fit=validated and epochs >= every)
 
 
 def _engine(rollout: Mapping[str, Any], on_cpu: bool) -> Engine:
