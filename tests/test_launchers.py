@@ -313,6 +313,22 @@ def test_a_signal_before_the_first_job(tmp_path, launcher):
     assert "the sweep goes on with: python " in done.stderr and not list(tmp_path.rglob("run.json"))
 
 
+@pytest.mark.parametrize("number", OF_SCHEDULERS)
+def test_a_signal_between_two_batches_waits_for_the_second(number):
+    code = (
+        "import os, sys\n"
+        "from hydra_plugins.kimivl_launchers import _listening\n"
+        "first, second = [], []\n"
+        "with _listening(lambda number, frame: first.append(number)):\n"
+        "    pass\n"
+        "os.kill(os.getpid(), int(sys.argv[1]))\n"
+        "with _listening(lambda number, frame: second.append(number)):\n"
+        "    print(first, second)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(int(number))], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"[] [{int(number)}]\n", done.stderr
+
+
 def test_jobs_that_slurm_has_forgotten_are_over(monkeypatch, tmp_path):
     """A job that was killed leaves no result; one that is requeued stays in the queue."""
 
