@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TextIO
 
 from kimivl.runtime.launch import find_place
@@ -27,8 +28,18 @@ class RunFile(logging.FileHandler):
 
     def __init__(self, filename: str) -> None:
         self.rank = find_place().rank
+        self._complained = False
         super().__init__(filename, delay=self.rank != 0)
 
     def emit(self, record: logging.LogRecord) -> None:
         if not self.rank:
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """On a full disk: one sentence, rather than a traceback for each line. The terminal has all of them."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._complained:
+            self._complained = True
+            print(f"\n{self.baseFilename} lacks lines from here on: {error.strerror}", file=sys.stderr, flush=True)

@@ -22,3 +22,12 @@ def test_rank_0_logs_and_the_others_warn(tmp_path, monkeypatch, rank):
         assert stream.getvalue() == file.read_text() == "all is well\na disk is slow\n"
     else:
         assert stream.getvalue() == "[rank 1] a disk is slow\n" and not file.exists()
+
+
+def test_a_full_disk_is_said_once(monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    file = RunFile("/dev/full")
+    for line in ("one", "two"):
+        file.handle(logging.makeLogRecord({"msg": line}))
+    assert capsys.readouterr().err == "\n/dev/full lacks lines from here on: No space left on device\n"
