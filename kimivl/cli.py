@@ -183,7 +183,10 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="SIZE", help="80GB, 79.1GiB or a name such as H200; default: this machine's")
     parser.add_argument("--patches", type=_count, help="image patches of a pack; default: the most the config allows")
     parser.add_argument(
-        "--prompt-tokens", type=_count, default=1024, help="of a problem of stage rl, with its images (default: 1024)"
+        "--prompt-tokens",
+        type=_count,
+        default=1024,
+        help="of a problem to be answered, with its images (default: 1024)",
     )
 
     def call(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,8 @@ _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used
 _FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
 # What torch's writer says when a write fails, and afterwards when it is closed; it never says why.
 _WRITER_WORDS = ("PytorchStreamWriter failed", "unexpected pos", "file write failed")
+_ANSWERING = ("drawing", "validating", "testing")
+"""What a run does, by `kimivl.callbacks.Watchdog`, when its model answers problems."""
 _OTHER_MODEL = "Error(s) in loading state_dict"
 
 
@@ -87,11 +89,14 @@ def _out_of_memory(text: str, doing: str, overrides: list[str]) -> str:
         used = f"the process's peak was {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
     wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     asked = f", and {wanted[1]} more were asked for" if wanted else ""
-    return (
-        f"out of memory while {doing}: {used}{asked}. activation_checkpointing=full (or selective) takes less, and "
-        "goes on from the last checkpoint; a shorter data.phases max_length does too, but begins anew. "
-        "Where it all goes: " + " ".join(["kimivl memory", *overrides])
+    remedy = (
+        "activation_checkpointing=full (or selective) takes less, and goes on from the last checkpoint; a shorter "
+        "data.phases max_length does too, but begins anew"
     )
+    if doing.startswith(_ANSWERING):
+        remedy = "A smaller rollout.max_rows takes less, and goes on from the last checkpoint"
+    where = " ".join(["kimivl memory", *overrides])
+    return f"out of memory while {doing}: {used}{asked}. {remedy}. Where it all goes: {where}"
 
 
 def _full(error: BaseException) -> str | None:

@@ -90,6 +90,9 @@ def test_out_of_memory_says_where_how_much_and_what_to_type(tmp_path):
         assert text.startswith("out of memory while training, step 7, on a pack of 2,048 tokens")
         assert "activation_checkpointing=full" in text and "kimivl memory stage=sft model=small" in text
         assert "peak was" in text
+        for answering in ("validating", "testing", "drawing responses (3 of 16 are there)"):
+            text = str(explained(error, answering, overrides, tmp_path))
+            assert f"while {answering}" in text and "rollout.max_rows" in text and "activation" not in text
     bug = RuntimeError("shapes do not fit")
     assert explained(bug, doing, overrides, tmp_path) is bug
 
