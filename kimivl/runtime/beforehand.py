@@ -24,13 +24,13 @@ class Beforehand(Callback):
         _make(Path(config.hydra.run.dir), "paths.output_dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if not str(config.hydra.launcher._target_).startswith(_ANSWER_SIGNALS):
-            signals.release()  # its jobs would begin deaf, and it would not hear what it is told
         try:
             check_multirun()
         except ValueError as error:
             _refuse(str(error))
         _make(Path(config.hydra.sweep.dir), "paths.root")
+        if not str(config.hydra.launcher._target_).startswith(_ANSWER_SIGNALS):
+            signals.release()  # its jobs would begin deaf, and it would not hear what it is told
 
 
 def _make(folder: Path, key: str) -> None:

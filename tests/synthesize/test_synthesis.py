@@ -1,7 +1,10 @@
 """A whole synthesis against a teacher in a thread: what is kept, what is refused and why, and how it goes on."""
 
 import json
+import re
+from collections import defaultdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -91,11 +94,13 @@ def samples(out: Path) -> list[Sample]:
     return found
 
 
-def by_seed(*texts: str):
-    """A teacher that says the texts in turn, by the number of the request."""
+def in_turn(*texts: str):
+    """A teacher that says the texts in turn to each problem, in whatever order the requests for them arrive."""
+    turns = defaultdict(count)
 
     def choose(number, body):
-        return says(texts[number % len(texts)])
+        problem = re.search(r"Problem \d", json.dumps(body))[0]
+        return says(texts[next(turns[problem]) % len(texts)])
 
     return choose
 
@@ -150,7 +155,7 @@ def test_a_cut_response_is_refused_whatever_it_says(synthesis):
 
 
 def test_a_finished_synthesis_asks_for_nothing_and_writes_the_same(synthesis, tmp_path):
-    with fake_teacher(by_seed(RIGHT, OTHER, REFUSED["wrong_answer"])) as teacher:
+    with fake_teacher(in_turn(RIGHT, OTHER, REFUSED["wrong_answer"])) as teacher:
         first = synthesis(teacher.url, samples=3).run()
         shard = (tmp_path / "out" / "long_cot-000000.tar").read_bytes()
         asked = len(teacher.asked)
@@ -220,7 +225,7 @@ def test_other_settings_are_refused_by_their_key(change, key, synthesis):
 
 
 def test_the_responses_can_be_sifted_again_with_other_checks_and_no_teacher(synthesis):
-    with fake_teacher(by_seed(RIGHT, OTHER)) as teacher:
+    with fake_teacher(in_turn(RIGHT, OTHER)) as teacher:
         before = synthesis(teacher.url).run()
     after = synthesis("http://127.0.0.1:9/v1", checks={"required": ["evaluation"]}, ask=False).run()
     assert before["kept"] == 6 and after["kept"] == 3 and after["rejected"] == {"behaviours": 3}
@@ -236,7 +241,7 @@ def picture():
 @pytest.mark.usefixtures("picture")
 def test_every_response_is_accounted_for(synthesis, tmp_path):
     texts = [RIGHT, OTHER, *REFUSED.values()]
-    with fake_teacher(by_seed(*texts)) as teacher:
+    with fake_teacher(in_turn(*texts)) as teacher:
         report = synthesis(teacher.url, samples=8, selection=Selection("shortest", 1)).run()
     assert report["kept"] + sum(report["rejected"].values()) == report["answered"] == 24
     assert len(rows(tmp_path / "out" / "kept.jsonl")) == report["kept"]
@@ -252,7 +257,7 @@ def test_a_judge_decides_on_the_behaviours(synthesis, index):
         planned = "yes" if "Plan:" in text.partition("REASONING")[2] else "no"
         says(f"planning: {planned}\n- **evaluation**: no\nreflection: No\nexploration: no")(handler, body)
 
-    with fake_teacher(by_seed(RIGHT, OTHER)) as teacher, fake_teacher(judges) as second:
+    with fake_teacher(in_turn(RIGHT, OTHER)) as teacher, fake_teacher(judges) as second:
         judge = Judge(partial(OpenAIEngine, url=second.url, model="j"))
         report = synthesis(teacher.url, judge=judge).run()
         assert report["kept"] == 3 and report["rejected"] == {"behaviours": 3}
