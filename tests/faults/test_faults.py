@@ -1,6 +1,7 @@
 """What the machine cannot do is said in one sentence that names the remedy; what is on the disk stays whole."""
 
 import errno
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_says_so(small_
     assert torch.load(path)["weight"].nbytes == MB
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
     (small_disk / "checkpoints/last.ckpt").unlink()
+    gc.collect()  # torch 2.11 holds the file that could not be written open by the traceback of its error
     files.save_checkpoint(state(2.8), path)  # room was made
 
 
