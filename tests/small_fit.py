@@ -1,15 +1,16 @@
 """A tiny model trained for a few steps under a real trainer, with what an exactness test compares."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from hydra.utils import instantiate
+from in_ranks import in_ranks
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import open_dict
@@ -46,6 +47,27 @@ class Fitted:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+
+
+Fits = dict[str, Fitted]
+
+
+def on_one_and_on_two(
+    data: Path, out: Path, cases: Mapping[str, Case], as_on_one: Callable[[Case], Case] = lambda case: case
+) -> Callable[..., tuple[Fits, list[Fits]]]:
+    """Names of ``cases`` -> each by one process, and by each of two ranks. A group of processes does several."""
+
+    @cache
+    def made(*names: str) -> tuple[Fits, list[Fits]]:
+        shared = {name: cases[name] for name in names}
+        alone = {name: as_on_one(case) for name, case in shared.items()}
+        return in_ranks(_fit_all, data, out, alone, ranks=1)[0], in_ranks(_fit_all, data, out, shared)
+
+    return made
+
+
+def _fit_all(data: Path, out: Path, cases: Mapping[str, Case]) -> Fits:
+    return {name: small_fit(data, out, case) for name, case in cases.items()}
 
 
 class _Look(Callback):

@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from in_ranks import in_ranks
-from small_fit import Case, Fitted, small_fit
+from small_fit import Case, Fits, on_one_and_on_two
 from text_shards import without_images
 
 from kimivl.stages.sft.datamodule import _share
@@ -31,7 +30,6 @@ CASES = {
 }
 FAST = ("sft", "long_cot", "no images on a rank")
 SLOW = tuple(name for name in CASES if name not in FAST)
-Fits = dict[str, Fitted]
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +42,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def fit_all(data: Path, out: Path, cases: dict[str, Case]) -> dict[str, Fitted]:
-    return {name: small_fit(data, out, case) for name, case in cases.items()}
-
-
 @pytest.fixture(scope="module")
 def fits(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Fits, list[Fits]]]:
-    """Names of cases -> each by one process, and by each of two ranks. A group of processes does several."""
-    out = tmp_path_factory.mktemp("out")
-
-    @cache
-    def made(*names: str) -> tuple[Fits, list[Fits]]:
-        cases = {name: CASES[name] for name in names}
-        [alone] = in_ranks(fit_all, data, out, cases, ranks=1)
-        return alone, in_ranks(fit_all, data, out, cases)
-
-    return made
+    return on_one_and_on_two(data, tmp_path_factory.mktemp("out"), CASES)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from fake_rollouts import same
-from in_ranks import in_ranks
-from small_fit import Case, Fitted, small_fit
+from small_fit import Case, Fits, on_one_and_on_two
 
 from kimivl.rl.experience import Experience
 from kimivl.tasks.digits import write
@@ -48,7 +46,6 @@ CASES = {
 """In float64 where a step has more than two packs: the order of their sum differs, and the weights after it."""
 FAST = ("given responses", "sharded, drawn by the model")
 SLOW = tuple(name for name in CASES if name not in FAST)
-Fits = dict[str, Fitted]
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +55,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def fit_all(data: Path, out: Path, cases: dict[str, Case]) -> Fits:
-    return {name: small_fit(data, out, case) for name, case in cases.items()}
-
-
 def on_one(case: Case) -> Case:
     return replace(case, overrides=[override for override in case.overrides if override not in SHARDED])
 
 
 @pytest.fixture(scope="module")
 def fits(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Fits, list[Fits]]]:
-    """Names of cases -> each by one process, and by each of two ranks. A group of processes does several."""
-    out = tmp_path_factory.mktemp("out")
-
-    @cache
-    def made(*names: str) -> tuple[Fits, list[Fits]]:
-        cases = {name: CASES[name] for name in names}
-        alone = {name: on_one(case) for name, case in cases.items()}
-        return in_ranks(fit_all, data, out, alone, ranks=1)[0], in_ranks(fit_all, data, out, cases)
-
-    return made
+    return on_one_and_on_two(data, tmp_path_factory.mktemp("out"), CASES, on_one)
 
 
 BY_NAME = pytest.mark.parametrize(
