@@ -61,7 +61,7 @@ def done_before(output_dir: Path, config: dict[str, Any]) -> dict[str, float]:
     before, metrics = _read_run(output_dir), output_dir / METRICS_FILE
     if before.get("status") != "finished" or not metrics.is_file():
         return {}
-    for key, how in sorted(_differences(before["config"], config), key=lambda found: found[0].count(".")):
+    for key, how in _differing(before["config"], config):
         raise ValueError(
             f"{output_dir} holds a finished run with another {key} ({how}); give the sweep a folder of its own with "
             f"hydra.sweep.dir=FOLDER, or remove {output_dir}"
@@ -72,7 +72,7 @@ def done_before(output_dir: Path, config: dict[str, Any]) -> dict[str, float]:
 def begin(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> Path | None:
     """What to go on from; the folder is made ready for it, and says that the run is running."""
     resume = _resume(output_dir, ckpt_path, config)
-    own = resume is not None and resume.resolve() == (output_dir / LAST).resolve()
+    own = resume is not None and _is_own(resume, output_dir)
     # Before run.json says that a run is unfinished here: should this one end at once, the next would take them for its.
     for file in (METRICS_FILE, *(() if own else (LAST,))):
         remove(output_dir / file)  # an earlier run's, which this one does not go on from
@@ -92,11 +92,10 @@ def _resume(output_dir: Path, ckpt_path: str | None, config: dict[str, Any]) -> 
     resume = resume_path(output_dir, ckpt_path, unfinished)
     if resume is None:
         return None
-    here = resume.resolve() == (output_dir / LAST).resolve()
+    here = _is_own(resume, output_dir)
     check_checkpoint(resume, here and unfinished, config["stage"])
     came_from = before if here else _read_run(resume.parents[1])
-    # What `module` refers to differs there too: the shortest key is the one that a user types.
-    differing = sorted(_differences(came_from.get("config", config), config), key=lambda found: found[0].count("."))
+    differing = _differing(came_from.get("config", config), config)
     if here and differing:
         key, how = differing[0]
         anew = (
@@ -122,6 +121,17 @@ def _read_run(output_dir: Path) -> dict[str, Any]:
     if was in (None, str(output_dir)):
         return before
     return json.loads(json.dumps(before).replace(json.dumps(was)[1:-1], json.dumps(str(output_dir))[1:-1]))
+
+
+def _is_own(resume: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint is the folder's own last one, whatever it was named by."""
+    return resume.resolve() == (output_dir / LAST).resolve()
+
+
+def _differing(before: Any, after: Any) -> list[tuple[str, str]]:
+    """The keys in which two configs differ, and how. What `module` refers to differs there too: the shortest key, which
+    is the one that a user types, comes first."""
+    return sorted(_differences(before, after), key=lambda found: found[0].count("."))
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:

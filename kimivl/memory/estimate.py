@@ -253,7 +253,8 @@ def _moment(
     if parameters.casts and name not in ("update", *ANSWERING):
         rows["weights in half"] = float(parameters.casts)
     if parameters.groups is not None:
-        rows |= parameters.groups.rows(name, parameters.numel * setup.numbers.parameter)
+        whole = parameters.numel * setup.numbers.parameter
+        rows |= parameters.groups.rows(name, whole, parameters.head_gradient)
     rows |= passing | {"workspace": workspace}
     goes = sum(rows.values()) - stays
     if not setup.on_cpu:

@@ -50,7 +50,7 @@ def generation(setup: Setup, parameters: Parameters, asked: Answers, stack: floa
         drawn, reading = drawn + made, reading + made
     if setup.engine.kind == "vllm":
         return max(Height(0.0, drawn, "logits of a token"), Height(0.0, reading, "prompts being read"), key=_total_of)
-    token = text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * n.compute
+    token = cached_numbers(setup) * n.compute
     full = float(asked.rows * token * _columns(asked))
     scores = asked.rows * text.num_attention_heads * asked.tokens * (8.0 + (n.compute if n.compute < 4 else 0))
     grown = full / text.num_hidden_layers  # a layer's buffer that is replaced by a longer one
@@ -65,6 +65,12 @@ def generation(setup: Setup, parameters: Parameters, asked: Answers, stack: floa
     if asked.requests > asked.rows:  # rows that end together are filled together
         heights.append(Height(full + prompts, reading, "prompts being read"))
     return max(heights, key=_total_of)
+
+
+def cached_numbers(setup: Setup) -> int:
+    """Of a token in the cache: its latents and rotary keys in all layers."""
+    text = setup.model.text_config
+    return text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim)
 
 
 def _total_of(height: Height) -> float:
@@ -87,8 +93,7 @@ def _room(columns: int) -> int:
 
 def _read_token(setup: Setup) -> int:
     """Bytes of a token in the cache of a batch of prompts, which has the dtype that the norm of the latents returns."""
-    text = setup.model.text_config
-    return text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * setup.numbers.stream
+    return cached_numbers(setup) * setup.numbers.stream
 
 
 def _sequences(setup: Setup, asked: Answers) -> int:

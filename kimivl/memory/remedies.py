@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kimivl.memory.estimate import ANSWERING, Estimate, PackEstimate, estimate
+from kimivl.memory.generation import cached_numbers
 from kimivl.memory.setup import PATCHES_PER_TOKEN, Numbers, Pack, Setup
 
 SHORTEST = 1024
@@ -102,12 +103,13 @@ def _answering(setup: Setup, moment: str) -> Iterator[Change]:
     if engine.kind == "elsewhere":
         return
     if engine.kind == "vllm":
-        text = setup.model.text_config
-        token = text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * setup.engine_number
+        token = cached_numbers(setup) * setup.engine_number
         if setup.engine_number == 4 and not setup.on_cpu:
             yield Change("rollout.dtype=bfloat16", _in_engine(number=2))
         gb = round(engine.cache / 2e9, 2)
-        if gb * 1e9 >= token * (engine.length or text.max_position_embeddings):  # vLLM does not start with less
+        if gb * 1e9 >= token * (
+            engine.length or setup.model.text_config.max_position_embeddings
+        ):  # vLLM does not start with less
             yield Change(f"rollout.kv_cache_gb={gb:g}", _in_engine(cache=gb * 1e9))
     rows = max(one.rows for one in asked)
     if rows > 1:

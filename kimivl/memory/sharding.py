@@ -56,29 +56,29 @@ class Groups:
     layer: Group
     block: Group
     rest: Group
-    head: int
-    """Bytes of the head's gradient, the first of the rest's."""
 
     @classmethod
     def of(cls, model: Any) -> Groups:
         layers, blocks = model.language_model.model.layers, model.vision_tower.encoder.blocks
         own = {id(parameter) for part in (*layers, *blocks) for parameter in part.parameters()}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in own]
-        head = model.language_model.lm_head.weight
         return cls(
             layer=max((Group.of(layer.parameters()) for layer in layers), key=lambda group: group.numel),
             block=max((Group.of(block.parameters()) for block in blocks), key=lambda group: group.numel),
             rest=Group.of(rest),
-            head=head.numel() * head.element_size() * head.requires_grad,
         )
 
-    def rows(self, moment: str, whole: int) -> dict[str, float]:
-        """The rows of a moment of `kimivl.memory.estimate`; ``whole``: bytes of all weights."""
+    def rows(self, moment: str, whole: int, head: int) -> dict[str, float]:
+        """The rows of a moment of `kimivl.memory.estimate`.
+
+        Args:
+            whole: bytes of all weights. head: of the head's gradient, the first of the rest's.
+        """
         gathered, summed = {
             "forward's end": (self.rest.weights + self.layer.weights, 0),
-            "loss backward": (self.rest.weights + self.layer.weights, self.head),
-            "last layer's backward": self._at(self.layer, self.head),
-            "first layer's backward": self._at(self.layer, self.head),
+            "loss backward": (self.rest.weights + self.layer.weights, head),
+            "last layer's backward": self._at(self.layer, head),
+            "first layer's backward": self._at(self.layer, head),
             "vision backward": self._at(self.block, self.rest.gradients),
             "last sums": (0, self.rest.gradients + self.rest.buffer),
             "update": (0, 0),

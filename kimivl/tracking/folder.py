@@ -98,6 +98,12 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def cut_half_a_row(path: Path) -> None:
+    """Take away the last line of a file, which may not be there, where a killed process left it half written."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
 def append(path: Path, text: str) -> None:
     """Write at the end of a file all of a text or nothing.
 
@@ -127,7 +133,7 @@ class History(Logger):
     def __init__(self, output_dir: Path) -> None:
         super().__init__()
         self.path = output_dir / HISTORY_FILE
-        self._take_away_half_a_row()
+        rank_zero_only(cut_half_a_row)(self.path)
 
     @property
     def name(self) -> str:
@@ -139,11 +145,6 @@ class History(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The configuration stands in ``run.json``."""
-
-    @rank_zero_only
-    def _take_away_half_a_row(self) -> None:
-        if self.path.is_file() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
-            os.truncate(self.path, content.rfind(b"\n") + 1)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

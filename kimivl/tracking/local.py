@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from kimivl.tracking.folder import CSV_FILE, TENSORBOARD_FOLDER, append, write_whole
+from kimivl.tracking.folder import CSV_FILE, TENSORBOARD_FOLDER, append, cut_half_a_row, write_whole
 from kimivl.tracking.media import Picture, Shows
 
 
@@ -66,7 +65,7 @@ class _ContinuedCsv(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a row that a killed process left half written
+        cut_half_a_row(path)
         self.metrics_keys, _ = _read(path)
         if not self.metrics_keys:
             path.unlink()
