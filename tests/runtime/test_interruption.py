@@ -142,6 +142,10 @@ def test_work_that_a_signal_ends_is_left_alone(tmp_path):
         assert done == ["begun"] and interruption.agreed()
 
 
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
 def test_a_signal_before_the_run_listens(tmp_path):
     """It comes while Hydra is imported, and would end a process that has no handler yet."""
     code = (
@@ -152,8 +156,7 @@ def test_a_signal_before_the_run_listens(tmp_path):
         "sys.addaudithook(told)\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", code, "stage=sft", "debug=miniature", f"paths.root={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python(code, "stage=sft", "debug=miniature", f"paths.root={tmp_path}")
     assert done.returncode == 130 and NOT_BEGUN in done.stderr, done.stderr
 
 
@@ -178,8 +181,7 @@ def test_a_signal_after_the_run_changes_nothing(tmp_path):
         "sys.modules['kimivl.run'] = types.SimpleNamespace(run=run)\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", code, "stage=sft", "debug=miniature", f"paths.root={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python(code, "stage=sft", "debug=miniature", f"paths.root={tmp_path}")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -200,8 +202,7 @@ def test_a_signal_between_two_jobs_of_a_process_waits_for_the_second(tmp_path, n
         "with listening(Path(sys.argv[1])):\n"
         "    print('not to be seen')\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), str(int(number))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python(code, str(tmp_path), str(int(number)))
     assert done.stdout == "still here\n" and f"Interrupted: {NOT_BEGUN}" in done.stderr
 
 
@@ -216,5 +217,5 @@ def test_a_signal_while_torch_is_imported(tmp_path):
         "    import torch\n"
         "    time.sleep(20)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = python(code, str(tmp_path))
     assert f"Interrupted: {NOT_BEGUN}" in done.stderr
