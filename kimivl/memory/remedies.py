@@ -107,9 +107,8 @@ def _answering(setup: Setup, moment: str) -> Iterator[Change]:
         if setup.engine_number == 4 and not setup.on_cpu:
             yield Change("rollout.dtype=bfloat16", _in_engine(number=2))
         gb = round(engine.cache / 2e9, 2)
-        if gb * 1e9 >= token * (
-            engine.length or setup.model.text_config.max_position_embeddings
-        ):  # vLLM does not start with less
+        length = engine.length or setup.model.text_config.max_position_embeddings
+        if gb * 1e9 >= token * length:  # vLLM does not start with less
             yield Change(f"rollout.kv_cache_gb={gb:g}", _in_engine(cache=gb * 1e9))
     rows = max(one.rows for one in asked)
     if rows > 1:
