@@ -83,6 +83,7 @@ def main(folder: Path, digits: str, rank: int, ranks: int, workers: int, port: i
         if rank == 0:
             write_epoch_audit(folder / "audit", epoch, index, uses, plan, **limits)
     dist.barrier()
+    dist.destroy_process_group()  # gloo's threads may abort a process that ends with them
 
 
 def digest(pack) -> tuple[int, int]:
