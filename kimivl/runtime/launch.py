@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from socket import gethostname
 from typing import Any, Literal
 
 from kimivl.runtime import signals
@@ -89,7 +90,7 @@ def check_launch(trainer: Mapping[str, Any], multirun: bool) -> Place:
         ValueError: with what works instead.
     """
     place = find_place()
-    gpus = _visible_gpus(trainer.get("accelerator"))
+    gpus = _visible_gpus(trainer.get("accelerator"), place)
     try:
         _check_asked(place, trainer, gpus, multirun)
     except ValueError:
@@ -155,8 +156,8 @@ def count_devices(devices: Any, gpus: int | None, place: Place, multirun: bool) 
     raise ValueError(f"trainer.devices={devices} must be a whole number of at least 1, or auto")
 
 
-def _visible_gpus(accelerator: Any) -> int | None:
-    """GPUs that a run on ``accelerator`` can use here; None where it uses none."""
+def _visible_gpus(accelerator: Any, place: Place) -> int | None:
+    """GPUs that a run on ``accelerator`` can use here; None where it uses none. The nodes of a run may differ in it."""
     if accelerator == "cpu":
         return None
     import torch  # the launcher of a sweep imports this file, and needs no torch
@@ -164,7 +165,8 @@ def _visible_gpus(accelerator: Any) -> int | None:
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     if accelerator in ("gpu", "cuda"):
-        raise ValueError(f"trainer.accelerator={accelerator}: torch finds no CUDA device here; use trainer=cpu")
+        here = "here" if place.world_size == 1 else f"for rank {place.rank} on {gethostname()}"
+        raise ValueError(f"trainer.accelerator={accelerator}: torch finds no CUDA device {here}; use trainer=cpu")
     return None
 
 

@@ -25,10 +25,17 @@ def only_run_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     POSIX locks hold between machines on NFS. Where the file system has none, the run goes on without, and says so.
 
     Raises:
-        ValueError: when another process holds it; the sentence says which.
+        ValueError: when another process holds it; the sentence says which. Or when nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} cannot be written ({error.strerror}): give this run a folder of its own with "
+            "paths.output_dir=FOLDER"
+        ) from error
+    with file:
         if _locked(file.fileno(), time.monotonic() + patience):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

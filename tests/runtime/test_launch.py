@@ -136,6 +136,10 @@ def test_gpus_are_counted(environ, monkeypatch):
     with pytest.raises(ValueError, match="torch finds 4 GPUs here; use trainer.devices=4"):
         check_launch(asks(8, accelerator="gpu"), False)
     environ(**SRUN)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"torch finds no CUDA device for rank 3 on \S+; use trainer=cpu"):
+        check_launch(asks(2, accelerator="gpu"), False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ValueError, match="--gpus-per-node, not --gpus-per-task"):
         check_launch(asks(2, 2, "gpu"), False)

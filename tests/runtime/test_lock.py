@@ -54,6 +54,13 @@ def test_the_lock_is_given_back(tmp_path):
     subprocess.run([sys.executable, "-c", again, tmp_path / "run"], check=True)
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / LOCK_FILE).mkdir()
+    message = f"{LOCK_FILE} cannot be written .Is a directory.: .*paths.output_dir=FOLDER"
+    with pytest.raises(ValueError, match=message), only_run_in(tmp_path):
+        pass
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
     def refuse(*args: object) -> None:
         raise OSError(95, "Operation not supported")
