@@ -7,6 +7,7 @@ devices of one machine starts its ranks by `kimivl.runtime.spawn`, which leaves 
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -244,6 +245,9 @@ def joined(place: Place, accelerator: Any, timeout: timedelta) -> Iterator[None]
     try:
         yield
         dist.destroy_process_group()
+        # What the run leaves behind in cycles keeps gloo's threads alive; one of them that lets go of a tensor while
+        # Python ends aborts the process.
+        gc.collect()
     except BaseException as error:
         _abandon(ENDS_WITHIN if isinstance(error, Exception) else STOPS_WITHIN)
         raise

@@ -195,21 +195,55 @@ with launch.joined(launch.find_place(), "cpu", timedelta(minutes=10)):
 """
 
 
-@pytest.mark.slow
-def test_ranks_that_fail_while_each_waits_for_the_other_end_all_the_same():
-    """Each is to receive from the other, in a thread that the end of a process waits for."""
+def two_ranks(program):
+    """Two processes of ``program`` as torchrun starts its ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", ABANDONED],
+            [sys.executable, "-c", program],
             env=os.environ | own | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in "01"
     ]
-    for rank in ranks:
+
+
+@pytest.mark.slow
+def test_ranks_that_fail_while_each_waits_for_the_other_end_all_the_same():
+    """Each is to receive from the other, in a thread that the end of a process waits for."""
+    for rank in two_ranks(ABANDONED):
         assert "the camera is broken" in rank.communicate(timeout=120)[1]
         assert rank.returncode == -signal.SIGALRM
+
+
+LEFT = """
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from kimivl.runtime import launch
+
+def threads():
+    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+
+def run():
+    trainer = [dist.group.WORLD]
+    trainer.append(trainer)
+    print(len(threads()) > 0)
+
+with launch.joined(launch.find_place(), "cpu", timedelta(minutes=10)):
+    run()
+print(threads())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads of a process are looked up as Linux shows them")
+def test_no_thread_of_gloo_outlives_the_run():
+    """It would abort the process if it let go of a tensor while Python ends."""
+    for rank in two_ranks(LEFT):
+        stdout, stderr = rank.communicate(timeout=120)
+        assert stdout.split("\n")[:2] == ["True", "[]"] and rank.returncode == 0, stderr
