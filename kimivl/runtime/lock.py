@@ -49,6 +49,22 @@ def only_run_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         yield
 
 
+def is_alive(folder: Path) -> bool | None:
+    """Whether a process holds the run; None where that cannot be told: there is no lock, or none that may be read."""
+    try:
+        file = (folder / LOCK_FILE).open()
+    except OSError:
+        return None
+    with file:
+        try:  # a shared one takes no more than the permission to read: the run may be another user's
+            fcntl.lockf(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return None
+    return False
+
+
 def _locked(file: int, deadline: float) -> bool:
     while True:
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +19,37 @@ from typing import Any, Literal
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
-from kimivl.runtime.lock import LOCK_FILE
+from kimivl.history import read_history
+from kimivl.runtime.lock import LOCK_FILE, is_alive
 from kimivl.sweep.command import MULTIRUN_FILE, command_of
-from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_name, is_alive, matters, read_json, read_overrides
+from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_name, matters, read_json, read_overrides
 
 Status = Literal["finished", "diverged", "failed", "killed", "interrupted", "running", "missing"]
 """``diverged``: the run came to its end, and its metric is no number."""
 
 SEED = "seed"
-_LESS_IS_BETTER = ("loss", "error", "perplexity", "length", "seconds", "dropped", "_s")
+_LESS_IS_BETTER = re.compile(
+    "loss|error|perplexity|length|seconds|dropped|failures|nonfinite|memory|nll|(?<![a-z])kl(?![a-z])|(?<!per)_s$"
+)
 _SILENT = 1800.0
 """Seconds without a word after which a run that says it is running is reported with them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run of the sweep. ``reason`` says why ``metric`` is None, where it should not be."""
+    """A run of the sweep.
+
+    Attributes:
+        values: what was typed for it. seed: typed, or else its configuration's.
+        reason: why ``metric`` is None, where it should not be.
+    """
 
     folder: Path
     values: dict[str, str]
+    seed: str
     status: Status
     metric: float | None = None
     reason: str = ""
@@ -52,6 +64,7 @@ class Sweep:
         varied: the keys in which the points differ, without the seed.
         missing: the points of a grid that no run has begun; of a search their number is known, ``trials_left``.
         command: runs what has not finished, in the same folder.
+        notes: sentences on what is left out, or not known.
     """
 
     folder: Path
@@ -63,6 +76,7 @@ class Sweep:
     missing: list[dict[str, str]]
     trials_left: int
     command: str | None
+    notes: list[str]
 
     @property
     def counts(self) -> Counter[str]:
@@ -82,37 +96,45 @@ def read_sweep(folder: Path, metric: str | None = None, direction: Literal["max"
     runs = list(_runs(folder))
     asked = _multirun(folder)
     _check(folder, runs, asked)
-    configs = [read_json(run / RUN_FILE).get("config") or {} for run in runs]
+    configs = [_config(run) for run in runs]
     default = next((config["optimized_metric"] for config in configs if "optimized_metric" in config), None)
-    name = metric or default or asked.get("optimized_metric") or "val/accuracy"
+    own = default or asked.get("optimized_metric") or "val/accuracy"
+    name = metric or own
     _check_metric(metric, runs)
-    jobs = [_job(run, name) for run in runs]
+    begun = [_job(run, name) for run in runs]
     settings = (asked.get("hydra") or {}).get("sweeper") or {}
     search = "n_trials" in settings
-    points = [] if search else _points(asked)
-    varied = _varied([job.values for job in jobs] + points)
-    missing = [point for point in points if not any(_same(point, job.values, [*varied, SEED]) for job in jobs)]
-    under_way = {job.folder.name for job in jobs if job.status in ("running", "interrupted", "killed")}
-    left = max(0, settings["n_trials"] - _ended(folder, jobs, under_way) - len(under_way)) if search else 0
+    points, notes = ([], []) if search else _points(asked)
+    varied = _varied([job.values for job in begun], points)
+    missing = [point for point in points if not any(_same(point, job.values, [*varied, SEED]) for job in begun)]
+    varied = [key for key in varied if key != SEED]
+    jobs, repeated = _once(begun, varied)
+    left, uncounted = _trials_left(folder, jobs, settings) if search else (0, [])
     return Sweep(
         folder=folder,
         metric=name,
-        direction=direction or _direction(name, settings),
+        direction=direction or _direction(name, settings if name == own else {}),
         search=search,
-        varied=[key for key in varied if key != SEED],
+        varied=varied,
         jobs=jobs,
         missing=missing,
         trials_left=left,
         command=_command(asked, folder),
+        notes=[*notes, *uncounted, *repeated],
     )
 
 
 def _runs(folder: Path) -> Iterator[Path]:
-    """The folders of runs, at any depth: ``reward=a/b`` makes two levels where another sweeper has named them."""
-    for place, inner, _ in os.walk(folder):
+    """The folders of runs, at any depth: ``reward=a/b`` makes two levels where another sweeper has named them.
+
+    Those of another sweep that lies in the folder are not among them.
+    """
+    for place, inner, files in os.walk(folder):
         if (Path(place) / OVERRIDES_FILE).is_file():
             inner.clear()
             yield Path(place)
+        elif MULTIRUN_FILE in files and Path(place) != folder:
+            inner.clear()
         else:
             inner[:] = sorted(name for name in inner if not name.startswith("."))
 
@@ -126,7 +148,8 @@ def _multirun(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} cannot be read; type the sweep again with hydra.sweep.dir={folder} to write it anew")
+        again = f"type the sweep again with hydra.sweep.dir={folder.resolve()}"
+        raise ValueError(f"{path} cannot be read; {again} to write it anew")
     return found
 
 
@@ -134,10 +157,15 @@ def _check(folder: Path, runs: Sequence[Path], asked: Mapping[str, Any]) -> None
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a sweep lies in outputs/NAME/sweeps")
     if runs == [folder]:
-        raise ValueError(f"{folder} is a single run, not a sweep; give the folder above it, or try kimivl report")
+        above = next((path for path in folder.resolve().parents if (path / MULTIRUN_FILE).is_file()), None)
+        remedy = f"give {above}" if above else f"try kimivl report {folder.resolve().parent}"
+        raise ValueError(f"{folder} is a single run, not a sweep; {remedy}")
     inside = [] if asked else sorted(str(path.parent) for path in folder.rglob(MULTIRUN_FILE))
     if inside:
         raise ValueError(f"{folder} is no sweep, but holds some; give one of: {', '.join(inside)}")
+    stages = [] if asked else [run for run in runs if run.name == _config(run).get("stage")]
+    if stages:
+        raise ValueError(f"{folder} holds the stages of a model, not a sweep; try kimivl report {stages[0].parent}")
     if not asked and not runs:
         raise ValueError(f"{folder}: no sweep there; python train.py -m names its folder when it ends")
 
@@ -152,36 +180,45 @@ def _spelled(metrics: Iterable[str]) -> str:
     return ", ".join(sorted(name for name in metrics if "difficulty" not in name)) or "nothing"
 
 
+def _config(run: Path) -> dict[str, Any]:
+    """The configuration of a run; empty where it ended before it was known."""
+    return read_json(run / RUN_FILE).get("config") or {}
+
+
 def _job(folder: Path, metric: str) -> Job:
     values = by_key(read_overrides(folder) or [])
-    run, metrics = read_json(folder / RUN_FILE), read_json(folder / METRICS_FILE)
+    seed = values.get(SEED) or str(_config(folder).get(SEED, ""))
     begun = (folder / OVERRIDES_FILE).stat().st_mtime
+    return Job(folder, values, seed, *_outcome(folder, metric), begun)
+
+
+def _outcome(folder: Path, metric: str) -> tuple[Status, float | None, str]:
+    """Status, metric and reason of a run."""
+    run, metrics = read_json(folder / RUN_FILE), read_json(folder / METRICS_FILE)
     status = run.get("status", "missing")
     if status == "finished" and metrics:
-        value = metrics.get(metric)
-        if value is None:
-            why = f"{metric} was not measured; there is: {_spelled(metrics)}"
-            return Job(folder, values, "finished", None, why, begun)
-        if not math.isfinite(value):
-            return Job(folder, values, "diverged", None, f"{metric} is {value}", begun)
-        return Job(folder, values, "finished", float(value), "", begun)
+        if metric not in metrics:
+            return "finished", None, f"{metric} was not measured; there is: {_spelled(metrics)}"
+        value = metrics[metric]
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return "diverged", None, f"{metric} is {'null' if value is None else value}"
+        return "finished", float(value), ""
     if status == "failed":
-        return Job(folder, values, "failed", None, run.get("error") or "no reason is known", begun)
+        return "failed", None, run.get("error") or "no reason is known"
     if status == "interrupted":
-        return Job(folder, values, "interrupted", None, _progress(folder), begun)
+        return "interrupted", None, _progress(folder)
     if status == "missing":
-        return Job(folder, values, "killed", None, "it ended before it began", begun)
+        return "killed", None, "it ended before it began"
     alive = is_alive(folder)
     if alive is False:
-        return Job(folder, values, "killed", None, f"its process is gone; {_progress(folder)}", begun)
+        return "killed", None, f"its process is gone; {_progress(folder)}"
     doubt = "" if alive else f" (or gone: {folder / LOCK_FILE} cannot be read)"
-    return Job(folder, values, "running", None, _progress(folder) + _silence(folder) + doubt, begun)
+    return "running", None, _progress(folder) + _silence(folder) + doubt
 
 
 def _progress(folder: Path) -> str:
     try:
-        last = (folder / HISTORY_FILE).read_text().splitlines()[-1]
-        return f"at step {json.loads(last)['step']}"
+        return f"at step {read_history(folder / HISTORY_FILE)[-1]['step']}"
     except (OSError, ValueError, IndexError, KeyError):
         return "before its first step"
 
@@ -192,41 +229,92 @@ def _silence(folder: Path) -> str:
     return f", silent for {silent / 60:,.0f} min" if silent > _SILENT else ""
 
 
-def _points(asked: Mapping[str, Any]) -> list[dict[str, str]]:
-    """All points of a grid, each with all its overrides."""
+def _points(asked: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
+    """All points of a grid, each with all its overrides; without them a sentence on why they are not known."""
     hydra = asked.get("hydra") or {}
     params = [f"{key}={value}" for key, value in (hydra.get("sweeper", {}).get("params") or {}).items()]
     task = (hydra.get("overrides") or {}).get("task") or []
     if not [*params, *task]:
-        return []
+        return [], []
     parsed = OverridesParser.create().parse_overrides([*params, *task])
-    return [by_key(point) for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
+    try:
+        batches = BasicSweeper.split_arguments(parsed, None)
+    except HydraException:  # glob(...) stands for files of conf/, which may have changed since
+        return [], ["what is missing is not known: a key was swept over glob(...)"]
+    return [by_key(point) for batch in batches for point in batch], []
 
 
-def _varied(points: Sequence[Mapping[str, str]]) -> list[str]:
-    keys = dict.fromkeys(key for point in points for key in point if matters(key))
-    return [key for key in keys if len({point.get(key) for point in points}) > 1]
+def _varied(jobs: Sequence[Mapping[str, str]], points: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys that tell the points apart: of those that make no other point only what the grid itself varies."""
+
+    def differing(among: Sequence[Mapping[str, str]]) -> list[str]:
+        keys = dict.fromkeys(key for point in among for key in point)
+        return [key for key in keys if len({point.get(key) for point in among}) > 1]
+
+    swept = differing(points)
+    return [key for key in differing([*jobs, *points]) if matters(key) or key in swept]
 
 
 def _same(one: Mapping[str, str], other: Mapping[str, str], keys: Sequence[str]) -> bool:
     return all(one.get(key) == other.get(key) for key in keys)
 
 
-def _ended(folder: Path, jobs: Sequence[Job], under_way: Container[str]) -> int:
-    """Trials that are not run again: by the study where it lies in the folder, else by the runs.
+def _once(jobs: Sequence[Job], keys: Sequence[str]) -> tuple[list[Job], list[str]]:
+    """One run for each point and seed, and a sentence on each that is left out: a copy, or typed without the seed.
 
-    A trial that was only stopped has failed by the study, and its run is among those ``under_way``.
+    The run that was typed with its seed is kept, as the sweep asks for it; of several the one that has finished.
     """
+    kept: dict[tuple[str | None, ...], Job] = {}
+    for job in sorted(jobs, key=lambda job: (SEED not in job.values, job.status != "finished", job.begun)):
+        kept.setdefault((job.seed, *(job.values.get(key) for key in keys)), job)
+    once, notes = [], []
+    for job in jobs:
+        first = kept[job.seed, *(job.values.get(key) for key in keys)]
+        if job is first:
+            once.append(job)
+        else:
+            notes.append(f"{job.folder} is left out: its point and seed are those of {first.folder.name}")
+    return once, notes
+
+
+def _trials_left(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Trials of a search that are still to be begun: by its study where that lies in the folder, else by the runs.
+
+    A trial that was only stopped has failed by the study, and its run is under way.
+    """
+    under_way = {job.folder.name for job in jobs if job.status in ("running", "interrupted", "killed")}
+    begun = len(under_way) + sum(job.status in ("finished", "diverged", "failed") for job in jobs)
+    notes = []
     database = folder / "study.db"
-    if not database.is_file():
-        return sum(job.status in ("finished", "diverged", "failed") for job in jobs)
+    if database.is_file():
+        try:
+            begun = _begun(database, settings.get("study_name"), under_way)
+        except sqlite3.DatabaseError as error:
+            notes = [f"{database} cannot be read ({error}): the trials that are missing are counted by the runs"]
+    return max(0, settings["n_trials"] - begun), notes
+
+
+def _begun(database: Path, name: str | None, under_way: AbstractSet[str]) -> int:
+    """Trials of a study that have ended or are under way; of one that is run again under another number only that.
+
+    Raises:
+        sqlite3.DatabaseError: when the file is no study, or another process writes it.
+    """
+    of_study = "JOIN studies USING (study_id) WHERE study_name = ?"
     with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as study:
-        [[ended]] = study.execute("SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED')")
-        failed = study.execute("SELECT trial_id, number FROM trials WHERE state = 'FAIL'").fetchall()
-        attributes = study.execute("SELECT value_json FROM study_user_attributes WHERE key = 'repeated'").fetchall()
-        names = {number: folder_name(_drawn(study, trial)) for trial, number in failed}
+        trials = study.execute(f"SELECT trial_id, number, state FROM trials {of_study}", [name]).fetchall()
+        attributes = study.execute(
+            f"SELECT value_json FROM study_user_attributes {of_study} AND key = 'repeated'", [name]
+        ).fetchall()
+        drawn = {
+            number: folder_name(_drawn(study, trial)) for trial, number, state in trials if state in ("FAIL", "RUNNING")
+        }
     repeated = {number for (value,) in attributes for number in json.loads(value)}
-    return int(ended) + sum(number not in repeated and name not in under_way for number, name in names.items())
+    ended = sum(state in ("COMPLETE", "PRUNED") for _, _, state in trials)
+    failed = sum(
+        state == "FAIL" and number not in repeated and drawn[number] not in under_way for _, number, state in trials
+    )
+    return ended + failed + len(under_way & set(drawn.values()))
 
 
 def _drawn(study: sqlite3.Connection, trial: int) -> Iterator[str]:
@@ -244,11 +332,15 @@ def _drawn(study: sqlite3.Connection, trial: int) -> Iterator[str]:
 def _direction(metric: str, settings: Mapping[str, Any]) -> Literal["max", "min"]:
     if "direction" in settings:
         return "min" if str(settings["direction"]).lower().startswith("min") else "max"
-    return "min" if any(word in metric for word in _LESS_IS_BETTER) else "max"
+    return "min" if _LESS_IS_BETTER.search(metric) else "max"
 
 
 def _command(asked: Mapping[str, Any], folder: Path) -> str | None:
     hydra = asked.get("hydra")
     if not hydra:
         return None
-    return command_of(hydra["job"]["name"], hydra["overrides"]["task"], hydra["overrides"]["hydra"], folder)
+    typed_in = Path((hydra.get("runtime") or {}).get("cwd") or folder.anchor).resolve()
+    place = folder.resolve()
+    if place.is_relative_to(typed_in) and typed_in != Path(place.anchor):
+        place = place.relative_to(typed_in)
+    return command_of(hydra["job"]["name"], hydra["overrides"]["task"], hydra["overrides"]["hydra"], place)

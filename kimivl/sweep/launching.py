@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 
 from kimivl.config import RUN_FILE
 from kimivl.runtime.launch import check_launch
-from kimivl.sweep.points import finished_metric, folder_name, has_diverged, is_alive, note_failure, read_json
+from kimivl.runtime.lock import is_alive
+from kimivl.sweep.points import finished_metric, folder_name, has_diverged, note_failure, read_json
 
 log = logging.getLogger(__name__)
 

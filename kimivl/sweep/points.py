@@ -6,7 +6,6 @@ has grown or by a study that goes on. Names are such that Hydra takes them in a 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import yaml
 
 from kimivl.config import METRICS_FILE, RUN_FILE
-from kimivl.runtime.lock import LOCK_FILE
+from kimivl.runtime.lock import is_alive
 
 OVERRIDES_FILE = Path(".hydra") / "overrides.yaml"
 """In the folder of a run: what Hydra was told for it."""
@@ -102,22 +101,6 @@ def matters(key: str) -> bool:
 
 def spell(overrides: Mapping[str, Any], key: str) -> str:
     return f"{key}={overrides[key]}" if key in overrides else f"no {key}"
-
-
-def is_alive(folder: Path) -> bool | None:
-    """Whether a process holds the run; None where that cannot be told: there is no lock, or none that may be read."""
-    try:
-        file = (folder / LOCK_FILE).open()
-    except OSError:
-        return None
-    with file:
-        try:  # a shared one takes no more than the permission to read: the run may be another user's
-            fcntl.lockf(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-        except OSError:
-            return None
-    return False
 
 
 def has_diverged(reason: str) -> bool:

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from kimivl.runtime.lock import LOCK_FILE, only_run_in
+from kimivl.runtime.lock import LOCK_FILE, is_alive, only_run_in
 
 HOLD = """
 import os, sys, time
@@ -68,3 +70,36 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with only_run_in(tmp_path):
         assert "see to it yourself that no second run" in caplog.text
+
+
+@pytest.fixture
+def of_another_user():
+    """A folder, and a function that takes this process its rights on a file there: all but reading, or all."""
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, where another user does not even get to
+        Path(folder).chmod(0o755)
+
+        def leave(file: Path, readable: bool) -> None:
+            if os.geteuid() == 0:
+                file.chmod(0o644 if readable else 0o600)
+                os.seteuid(65534)
+            else:
+                file.chmod(0o400 if readable else 0)
+
+        root = os.geteuid()
+        yield Path(folder), leave
+        os.seteuid(root)
+
+
+@pytest.mark.parametrize(("readable", "held", "alive"), [(True, True, True), (True, False, False), (False, True, None)])
+def test_whether_a_run_of_another_user_is_alive(of_another_user, readable, held, alive):
+    """Its lock can be tried by whoever can read it; where that is not allowed, nothing is known."""
+    folder, leave = of_another_user
+    lock = folder / ".lock"
+    hold = f"import fcntl; f = open({str(lock)!r}, 'w'); {held} and fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        leave(lock, readable)
+        try:
+            assert is_alive(folder) is alive
+        finally:
+            process.communicate(b"\n")

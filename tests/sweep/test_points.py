@@ -1,17 +1,12 @@
 """A point has one folder, whenever it is asked for; what has finished there is known."""
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kimivl.sweep.points import finished_metric, folder_name, has_diverged, is_alive, note_failure
+from kimivl.sweep.points import finished_metric, folder_name, has_diverged, note_failure
 
 
 def write_run(folder, overrides, status="finished", **metrics):
@@ -66,39 +61,6 @@ def test_a_failure_is_written_down_where_the_run_could_not(tmp_path):
         note_failure(tmp_path / status, ["seed=1"], "late")
         run = json.loads((tmp_path / status / "run.json").read_text())
         assert run.get("error") == after and run["config"]
-
-
-@pytest.fixture
-def of_another_user():
-    """A folder, and a function that takes this process its rights on a file there: all but reading, or all."""
-    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, where another user does not even get to
-        Path(folder).chmod(0o755)
-
-        def leave(file: Path, readable: bool) -> None:
-            if os.geteuid() == 0:
-                file.chmod(0o644 if readable else 0o600)
-                os.seteuid(65534)
-            else:
-                file.chmod(0o400 if readable else 0)
-
-        root = os.geteuid()
-        yield Path(folder), leave
-        os.seteuid(root)
-
-
-@pytest.mark.parametrize(("readable", "held", "alive"), [(True, True, True), (True, False, False), (False, True, None)])
-def test_whether_a_run_of_another_user_is_alive(of_another_user, readable, held, alive):
-    """Its lock can be tried by whoever can read it; where that is not allowed, nothing is known."""
-    folder, leave = of_another_user
-    lock = folder / ".lock"
-    hold = f"import fcntl; f = open({str(lock)!r}, 'w'); {held} and fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
-    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        leave(lock, readable)
-        try:
-            assert is_alive(folder) is alive
-        finally:
-            process.communicate(b"\n")
 
 
 @pytest.mark.parametrize(
