@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kimivl.config import HISTORY_FILE, METRICS_FILE
+from kimivl.history import read_history
 
 STAGES = {"sft": "Joint SFT", "long_cot": "Long-CoT SFT", "rl": "RL"}
 COLOURS = {"sft": "#9aa5b1", "long_cot": "#3b82c4", "rl": "#d9622b"}
@@ -36,9 +37,14 @@ def write_report(folder: Path) -> None:
     """Print the table of the finished stages in ``folder``, and write ``summary.json`` and ``summary.png`` there.
 
     Raises:
-        ValueError: when no stage in the folder has finished.
+        ValueError: when no stage in the folder has finished with test figures.
     """
     stages = {stage: figures for stage in STAGES if (figures := _stage_figures(folder / stage))}
+    untested = [stage for stage in STAGES if stage not in stages and (folder / stage / METRICS_FILE).is_file()]
+    if not stages and untested:
+        raise ValueError(f"{folder}: {', '.join(untested)} finished without test figures (test=false)")
+    if not stages and (folder / "multirun.yaml").is_file():
+        raise ValueError(f"{folder} is a sweep; try kimivl sweep {folder}")
     if not stages:
         raise ValueError(f"{folder}: no finished stage there; run one with: python train.py stage=sft")
     (folder / "summary.json").write_text(json.dumps({"stages": stages}, indent=2) + "\n")
@@ -111,9 +117,8 @@ def _curves(folder: Path) -> Curves:
     """What is drawn of RL's history, over the iterations done; validation begins with the model of the stage before."""
     values: dict[str, dict[int, float]] = defaultdict(dict)
     history, before = folder / "rl" / HISTORY_FILE, folder / "long_cot" / METRICS_FILE
-    for line in history.read_text().splitlines() if history.is_file() else []:
-        row = json.loads(line)
-        for name in DRAWN.keys() & row.keys():
+    for row in read_history(history):
+        for name in DRAWN.keys() & row.keys() if "epoch" in row else ():
             values[name][int(row["epoch"]) + 1] = row[name]
     start = json.loads(before.read_text()) if values and before.is_file() else {}
     for name in values.keys() & start.keys():

@@ -29,7 +29,7 @@ BACKENDS = {"torch", "transformers", "numpy", "PIL", "tokenizers", "safetensors"
 THIRD_PARTY_OF = {"kimivl.model": BACKENDS, "kimivl.optim": BACKENDS}
 
 # what every room may import
-LEAVES = ("kimivl.runtime.ranks",)
+LEAVES = ("kimivl.runtime.ranks", "kimivl.history")
 
 # room -> other rooms that it may import at most
 ROOMS_OF = {

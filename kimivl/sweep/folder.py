@@ -339,8 +339,7 @@ def _command(asked: Mapping[str, Any], folder: Path) -> str | None:
     hydra = asked.get("hydra")
     if not hydra:
         return None
-    typed_in = Path((hydra.get("runtime") or {}).get("cwd") or folder.anchor).resolve()
-    place = folder.resolve()
-    if place.is_relative_to(typed_in) and typed_in != Path(place.anchor):
-        place = place.relative_to(typed_in)
+    place, typed_in = folder.resolve(), (hydra.get("runtime") or {}).get("cwd")
+    if typed_in and place.is_relative_to(Path(typed_in).resolve()):
+        place = place.relative_to(Path(typed_in).resolve())
     return command_of(hydra["job"]["name"], hydra["overrides"]["task"], hydra["overrides"]["hydra"], place)

@@ -40,6 +40,8 @@ def run_sweep(folder: Path, metric: str | None, direction: Literal["max", "min"]
             console.print(_line(sweep, job), soft_wrap=True)
     for point in sweep.missing:
         console.print(Text("missing", "yellow") + f"  {_name(sweep, point)}", soft_wrap=True)
+    for note in sweep.notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
     _print_rest(sweep, console)
     _write(sweep, points, console)
     done = sweep.counts.keys() <= {"finished"} and not any(job.reason for job in sweep.jobs)
@@ -52,17 +54,17 @@ def _table(sweep: Sweep, points: Sequence[Point]) -> Table:
     table = Table(title=f"{sweep.metric} ({better})", title_justify="left")
     short = _headings(sweep.varied)
     for key in sweep.varied:
-        table.add_column(short[key], justify="right")
+        table.add_column(Text(short[key]), justify="right")
     table.add_column("mean ± 95%" if seeds else "value", justify="right", no_wrap=True)
     if seeds:
         table.add_column("seeds", justify="right")
     table.add_column("runs")
     best = best_of(points, sweep.direction)
     for point in points:
-        cells = [shown(value) if value else "-" for value in point.values.values()]
-        cells.append(_measured(point))
+        cells = [Text(shown(value) if value else "-") for value in point.values.values()]
+        cells.append(Text(_measured(point)))
         if seeds:
-            cells.append(str(len(point.metrics)))
+            cells.append(Text(str(len(point.metrics))))
         table.add_row(*cells, _spelled(point.counts), style="bold" if point is best else None)
     return table
 
@@ -100,7 +102,7 @@ def _spelled(counts: Counter[str]) -> Text:
 
 def _name(sweep: Sweep, values: dict[str, str]) -> str:
     keys = [*sweep.varied, SEED] if SEED in values else sweep.varied
-    return " ".join(f"{key}={shown(values[key])}" for key in keys if key in values)
+    return " ".join(f"{key}={shown(values[key])}" for key in keys if values.get(key))
 
 
 def _line(sweep: Sweep, job: Job) -> Text:
@@ -128,7 +130,9 @@ def _write(sweep: Sweep, points: Sequence[Point], console: Console) -> None:
         (sweep.folder / SUMMARY_FILE).write_text(text)
         drawn = draw_sweep(sweep, points, sweep.folder / PICTURE_FILE)
     except OSError as error:
-        console.print(f"summary.json and sweep.png are not written: {error}", highlight=False)
+        console.print(
+            f"summary.json and sweep.png are not written: {error}", soft_wrap=True, highlight=False, markup=False
+        )
         return
     figures = f"figures: {sweep.folder / SUMMARY_FILE}"
     picture = f"picture: {sweep.folder / PICTURE_FILE}   " if drawn else ""

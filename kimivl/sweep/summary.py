@@ -108,7 +108,7 @@ def as_json(sweep: Sweep, points: Sequence[Point]) -> dict[str, Any]:
                 "values": point.values,
                 "mean": point.mean,
                 "interval": point.interval,
-                "seeds": {job.values.get(SEED, ""): job.metric for job in point.jobs if job.metric is not None},
+                "seeds": {job.seed: job.metric for job in point.jobs if job.metric is not None},
                 "status": dict(point.counts),
             }
             for point in points
@@ -121,4 +121,5 @@ def as_json(sweep: Sweep, points: Sequence[Point]) -> dict[str, Any]:
         "missing": sweep.missing,
         "trials_left": sweep.trials_left,
         "command": sweep.command,
+        "notes": sweep.notes,
     }

@@ -22,8 +22,8 @@ from typing import Any
 from wandb.util import get_core_path
 
 from kimivl.config import HISTORY_FILE
+from kimivl.history import read_history
 from kimivl.tracking.axes import Axes
-from kimivl.tracking.folder import read_history
 from kimivl.tracking.local import fresh
 from kimivl.tracking.names import STEP, TOKENS
 from kimivl.tracking.staged import Staged

@@ -118,12 +118,6 @@ def append(path: Path, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``history.jsonl`` that are there in full."""
-    whole, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 class History(Logger):
     """Every logged figure as a line of ``history.jsonl``, in every run.
 

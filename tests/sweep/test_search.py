@@ -144,7 +144,7 @@ def test_a_trial_that_was_stopped_is_missing_once(tmp_path):
         if status == "finished":
             (run / "metrics.json").write_text('{"val/accuracy": 0.5}')
     (tmp_path / "multirun.yaml").write_text(
-        "hydra: {sweeper: {n_trials: 4}, job: {name: train}, overrides: {task: [], hydra: []}}"
+        "hydra: {sweeper: {n_trials: 4, study_name: x}, job: {name: train}, overrides: {task: [], hydra: []}}"
     )
     assert read_sweep(tmp_path).counts == {"finished": 1, "interrupted": 1, "failed": 1, "missing": 1}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kimivl import tracking
-from kimivl.tracking.folder import read_history
+from kimivl.history import read_history
 
 
 def test_a_run_keeps_its_id_where_its_folder_is_moved(tmp_path):
