@@ -163,8 +163,19 @@ class Checkpoint(ModelCheckpoint):
             files.raise_failure()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not trainer.is_last_batch:
+            self._save_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in the end hook of an epoch's last batch: going on from there, Lightning leaves out the validation that
+        # follows, and begins an epoch that has more batches than that one in its middle.
+        self._save_if_due(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        no_batch = (None, None, 0)  # Lightning's own asks for it and does not use it
         if not isinstance(files := trainer.strategy.checkpoint_io, CheckpointFiles):  # of a model cut up over ranks
-            super().on_train_batch_end(trainer, pl_module, *args)
+            super().on_train_batch_end(trainer, pl_module, *no_batch)
             return
         with files.in_background(self.background_gb * 1e9):
-            super().on_train_batch_end(trainer, pl_module, *args)
+            super().on_train_batch_end(trainer, pl_module, *no_batch)

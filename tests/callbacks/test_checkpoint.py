@@ -155,7 +155,8 @@ def trainer(files, monkeypatch, tmp_path):
         files.save_checkpoint(trainer.state, tmp_path / "last.ckpt")
 
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", save)
-    return SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=files), state={"step": 1})
+    monkeypatch.setattr(ModelCheckpoint, "on_train_epoch_end", lambda *args: None)
+    return SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=files), state={"step": 1}, is_last_batch=False)
 
 
 def test_saves_between_steps_are_in_the_background(trainer, files, disk, tmp_path):
@@ -170,6 +171,15 @@ def test_saves_between_steps_are_in_the_background(trainer, files, disk, tmp_pat
 def test_none_where_that_is_off(trainer, tmp_path):
     trainer.state["weight"] = torch.zeros(3)
     Checkpoint(background_gb=0, dirpath=str(tmp_path)).on_train_batch_end(trainer, None)
+    assert (tmp_path / "last.ckpt").exists()
+
+
+def test_the_last_step_of_an_epoch_is_saved_with_its_validation(trainer, tmp_path):
+    callback = Checkpoint(background_gb=0, dirpath=str(tmp_path))
+    trainer.is_last_batch = True
+    callback.on_train_batch_end(trainer, None)
+    assert not (tmp_path / "last.ckpt").exists()
+    callback.on_train_epoch_end(trainer, None)
     assert (tmp_path / "last.ckpt").exists()
 
 

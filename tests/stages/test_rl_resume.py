@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from kimivl.callbacks import Preemption
+from kimivl.callbacks import Checkpoint, Preemption
 from kimivl.config import Interrupted
 from kimivl.rl.collect import Collector
 from kimivl.rl.hf import HFRolloutEngine
@@ -31,7 +30,7 @@ CONCURRENT = ["~rollout", "+rollout={_target_: fake_rollouts.concurrent_engine, 
 
 def every_step(folder: Path) -> dict:
     """A checkpoint after every step, named by it."""
-    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    keep = Checkpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     return {"enable_checkpointing": True, "callbacks": [keep]}
 
 
