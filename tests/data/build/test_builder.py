@@ -14,7 +14,8 @@ import pytest
 import webdataset
 from chat_files import SHARD, contents, llava_row, picture, read_all, rejected, write_lines, write_llava
 
-from kimivl.data import build, convert
+from kimivl.data.build import builder as build
+from kimivl.data.build import convert
 from kimivl.data.build.builder import build_shards
 from kimivl.data.build.options import add_arguments
 from kimivl.data.shards import scan_shard

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimivl.data import sources
+from kimivl.data.build import sources
 from kimivl.data.build.sources import find_files, read_rows
 
 ROWS = [{"id": number, "text": 'é\n"]},[{' * (number % 5), "parts": [{"deep": [number]}]} for number in range(70)]
