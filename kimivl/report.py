@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kimivl.config import HISTORY_FILE, METRICS_FILE
 from kimivl.history import read_history
+from kimivl.sweep.command import MULTIRUN_FILE
 
 STAGES = {"sft": "Joint SFT", "long_cot": "Long-CoT SFT", "rl": "RL"}
 COLOURS = {"sft": "#9aa5b1", "long_cot": "#3b82c4", "rl": "#d9622b"}
@@ -42,8 +43,9 @@ def write_report(folder: Path) -> None:
     stages = {stage: figures for stage in STAGES if (figures := _stage_figures(folder / stage))}
     untested = [stage for stage in STAGES if stage not in stages and (folder / stage / METRICS_FILE).is_file()]
     if not stages and untested:
-        raise ValueError(f"{folder}: {', '.join(untested)} finished without test figures (test=false)")
-    if not stages and (folder / "multirun.yaml").is_file():
+        remedy = "add them with: test=true ckpt_path=last"
+        raise ValueError(f"{folder}: {', '.join(untested)} finished without test figures; {remedy}")
+    if not stages and (folder / MULTIRUN_FILE).is_file():
         raise ValueError(f"{folder} is a sweep; try kimivl sweep {folder}")
     if not stages:
         raise ValueError(f"{folder}: no finished stage there; run one with: python train.py stage=sft")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -10,8 +9,6 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +23,7 @@ from kimivl.history import read_history
 from kimivl.runtime.lock import LOCK_FILE, is_alive
 from kimivl.sweep.command import MULTIRUN_FILE, command_of
 from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_name, matters, read_json, read_overrides
+from kimivl.sweep.study import begun_trials
 
 Status = Literal["finished", "diverged", "failed", "killed", "interrupted", "running", "missing"]
 """``diverged``: the run came to its end, and its metric is no number."""
@@ -262,10 +260,15 @@ def _same(one: Mapping[str, str], other: Mapping[str, str], keys: Sequence[str])
 def _once(jobs: Sequence[Job], keys: Sequence[str]) -> tuple[list[Job], list[str]]:
     """One run for each point and seed, and a sentence on each that is left out: a copy, or typed without the seed.
 
-    The run that was typed with its seed is kept, as the sweep asks for it; of several the one that has finished.
+    The run that the sweep itself asks for is kept: typed with its seed, and in a folder of its name.
     """
+
+    def rank(job: Job) -> tuple[bool, bool, bool]:
+        name = folder_name(f"{key}={job.values[key]}" for key in [*keys, SEED] if key in job.values)
+        return SEED not in job.values, job.folder.name != name, job.status != "finished"
+
     kept: dict[tuple[str | None, ...], Job] = {}
-    for job in sorted(jobs, key=lambda job: (SEED not in job.values, job.status != "finished", job.begun)):
+    for job in sorted(jobs, key=rank):
         kept.setdefault((job.seed, *(job.values.get(key) for key in keys)), job)
     once, notes = [], []
     for job in jobs:
@@ -288,45 +291,10 @@ def _trials_left(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any])
     database = folder / "study.db"
     if database.is_file():
         try:
-            begun = _begun(database, settings.get("study_name"), under_way)
+            begun = begun_trials(database, settings.get("study_name"), under_way)
         except sqlite3.DatabaseError as error:
             notes = [f"{database} cannot be read ({error}): the trials that are missing are counted by the runs"]
     return max(0, settings["n_trials"] - begun), notes
-
-
-def _begun(database: Path, name: str | None, under_way: AbstractSet[str]) -> int:
-    """Trials of a study that have ended or are under way; of one that is run again under another number only that.
-
-    Raises:
-        sqlite3.DatabaseError: when the file is no study, or another process writes it.
-    """
-    of_study = "JOIN studies USING (study_id) WHERE study_name = ?"
-    with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as study:
-        trials = study.execute(f"SELECT trial_id, number, state FROM trials {of_study}", [name]).fetchall()
-        attributes = study.execute(
-            f"SELECT value_json FROM study_user_attributes {of_study} AND key = 'repeated'", [name]
-        ).fetchall()
-        drawn = {
-            number: folder_name(_drawn(study, trial)) for trial, number, state in trials if state in ("FAIL", "RUNNING")
-        }
-    repeated = {number for (value,) in attributes for number in json.loads(value)}
-    ended = sum(state in ("COMPLETE", "PRUNED") for _, _, state in trials)
-    failed = sum(
-        state == "FAIL" and number not in repeated and drawn[number] not in under_way for _, number, state in trials
-    )
-    return ended + failed + len(under_way & set(drawn.values()))
-
-
-def _drawn(study: sqlite3.Connection, trial: int) -> Iterator[str]:
-    """The overrides of a trial, as Optuna keeps them in its database: a choice by its place among all of them."""
-    query = "SELECT param_name, param_value, distribution_json FROM trial_params WHERE trial_id = ?"
-    for name, value, kind in study.execute(query, [trial]):
-        distribution = json.loads(kind)
-        if "choices" in distribution["attributes"]:
-            value = distribution["attributes"]["choices"][int(value)]
-        elif distribution["name"].startswith("Int"):
-            value = int(value)
-        yield f"{name}={value}"
 
 
 def _direction(metric: str, settings: Mapping[str, Any]) -> Literal["max", "min"]:
@@ -342,4 +310,4 @@ def _command(asked: Mapping[str, Any], folder: Path) -> str | None:
     place, typed_in = folder.resolve(), (hydra.get("runtime") or {}).get("cwd")
     if typed_in and place.is_relative_to(Path(typed_in).resolve()):
         place = place.relative_to(Path(typed_in).resolve())
-    return command_of(hydra["job"]["name"], hydra["overrides"]["task"], hydra["overrides"]["hydra"], place)
+    return command_of(hydra, place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,18 +12,23 @@ import matplotlib
 matplotlib.use("Agg")  # draws to files, on machines without a screen
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from kimivl.sweep.folder import Sweep
 from kimivl.sweep.summary import Point, best_of, number, order, shown
 
 BLUE, ORANGE, RED = "#3b82c4", "#d9622b", "#c0392b"
-_LINES = [BLUE, ORANGE, "#2a9d6f", "#8e5bb5", "#b58900", "#5c6b7a"]
+_COLOURS = [BLUE, ORANGE, "#2a9d6f", "#8e5bb5", "#b58900", "#5c6b7a"]
+_LINES = [(style, colour) for style in ("o-", "s--", "^:") for colour in _COLOURS]
 _LOG_SPAN = 8.0
 """Positive values that reach over this factor are drawn along a logarithmic axis."""
 _MOST = 30
 """Points of a list at most; the best are drawn."""
+_LONGEST = 30
+"""Characters of a value at most."""
 
 
 def draw_sweep(sweep: Sweep, points: Sequence[Point], path: Path) -> bool:
@@ -35,8 +42,10 @@ def draw_sweep(sweep: Sweep, points: Sequence[Point], path: Path) -> bool:
         path.unlink(missing_ok=True)
         return False
     panels = 1 + min(len(_numeric(sweep, points)), 3) if sweep.search else 1
-    height = 4.0 if _is_drawn_along(sweep, measured) else max(4.0, 1.2 + 0.3 * min(len(measured), _MOST))
-    figure, axes = plt.subplots(1, panels, figsize=(4.4 * panels if panels > 1 else 6.4, height), squeeze=False)
+    size = (4.4 * panels if panels > 1 else 6.4, 4.0)
+    if not _is_drawn_along(sweep, measured):
+        size = (4.4 + 0.08 * max(map(len, _names(measured))), max(4.0, 1.2 + 0.3 * min(len(measured), _MOST)))
+    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False)
     if sweep.search:
         _draw_search(list(axes[0]), sweep, points)
     else:
@@ -58,6 +67,27 @@ def _is_drawn_along(sweep: Sweep, points: Sequence[Point]) -> bool:
     return sweep.search or len(sweep.varied) < 2 or len(sweep.varied) == 2 and bool(_numeric(sweep, points))
 
 
+def _names(points: Sequence[Point], keys: Sequence[str] | None = None) -> list[str]:
+    """Points as they are drawn, each by its values of ``keys`` (all), with the last word of each key."""
+    keys = list(points[0].values) if keys is None else keys
+    columns = [
+        [f"{key.rpartition('.')[2]} {value}" for value in _short([shown(point.values[key]) for point in points])]
+        for key in keys
+    ]
+    return [", ".join(row) for row in zip(*columns, strict=True)] if keys else [""] * len(points)
+
+
+def _short(values: Sequence[str]) -> list[str]:
+    """Long values without the parts that all begin and end with; what is still long loses its middle."""
+    if max(map(len, values)) <= _LONGEST:
+        return list(values)
+    first = len(re.sub(r"[^/_ ]*$", "", os.path.commonprefix(values)))
+    last = len(re.sub(r"[^/_ ]*$", "", os.path.commonprefix([value[first:][::-1] for value in values])))
+    parts = [value[first : len(value) - last] for value in values]
+    half = _LONGEST // 2
+    return [part if len(part) <= _LONGEST else f"{part[: half - 1]}…{part[-half:]}" for part in parts]
+
+
 def _draw_grid(axes: Axes, sweep: Sweep, points: Sequence[Point]) -> None:
     numeric = _numeric(sweep, points)
     if not _is_drawn_along(sweep, points):
@@ -70,45 +100,59 @@ def _draw_grid(axes: Axes, sweep: Sweep, points: Sequence[Point]) -> None:
 
 
 def _draw_lines(axes: Axes, sweep: Sweep, points: Sequence[Point], along: str, others: Sequence[str]) -> None:
-    names = sorted(
-        {tuple(point.values[key] for key in others) for point in points}, key=lambda name: [*map(order, name)]
-    )
-    for place, name in enumerate(names):
-        own = [point for point in points if tuple(point.values[key] for key in others) == name]
-        own.sort(key=lambda point: number(point.values[along]) or 0.0)
-        label = ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in zip(others, name, strict=True))
-        _draw_line(axes, own, along, _LINES[place % len(_LINES)], label or "mean and its 95% interval")
+    in_order = sorted(points, key=lambda point: [order(point.values[key]) for key in [*others, along]])
+    lines: dict[tuple[str, ...], list[Point]] = {}
+    for point in in_order:
+        lines.setdefault(tuple(point.values[key] for key in others), []).append(point)
+    names = _names([own[0] for own in lines.values()], others)
+    for place, (name, own) in enumerate(zip(names, lines.values(), strict=True)):
+        drawn = _draw_line(axes, own, along, *_LINES[place % len(_LINES)], name or "mean and its 95% interval")
+        # A little beside one another: a line would hide the one that it equals.
+        shift = ScaledTranslation((place - (len(lines) - 1) / 2) / 24, 0, axes.figure.dpi_scale_trans)
+        for artist in drawn:
+            artist.set_transform(axes.transData + shift)
     _scale(axes, [point.values[along] for point in points])
     axes.set(xlabel=along, ylabel=sweep.metric)
     axes.grid(axis="y", alpha=0.25)
-    if len(names) > 1 or any(point.interval is not None for point in points):
+    if len(lines) > 1 or any(point.interval is not None for point in points):
         _legend(axes)
 
 
-def _draw_line(axes: Axes, points: Sequence[Point], along: str, colour: str, label: str) -> None:
+def _draw_line(axes: Axes, points: Sequence[Point], along: str, style: str, colour: str, label: str) -> list[Artist]:
     x = [number(point.values[along]) or 0.0 for point in points]
     mean = [point.mean or 0.0 for point in points]
     half = [point.interval or 0.0 for point in points]
-    axes.errorbar(x, mean, half, fmt="o-", color=colour, capsize=4, label=label)
+    drawn = axes.errorbar(x, mean, half, fmt=style, color=colour, capsize=4, label=label).get_children()
     seeds = [
         (place, value) for place, point in zip(x, points, strict=True) if point.interval for value in point.metrics
     ]
     if seeds:
-        axes.plot(*zip(*seeds, strict=True), "_", color="black", alpha=0.6, markersize=9, zorder=3)
+        drawn += axes.plot(*zip(*seeds, strict=True), "_", color="black", alpha=0.6, markersize=9, zorder=3)
+    return drawn
 
 
 def _scale(axes: Axes, values: Sequence[str], ticks: bool = True) -> None:
-    """A logarithmic axis for what was varied over orders; the values of a grid are its ticks, where they are few."""
+    """A logarithmic axis for what was varied over orders, apart from 0; the values of a grid are its ticks, where they
+    are few and not too near to one another."""
     sizes = sorted({number(value) or 0.0 for value in values})
-    if sizes[0] > 0 and sizes[-1] / sizes[0] >= _LOG_SPAN:
-        axes.set_xscale("log")
+    positive = [size for size in sizes if size > 0]
+    if sizes[0] >= 0 and positive and positive[-1] / positive[0] >= _LOG_SPAN:
+        if sizes[0] > 0:
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=positive[0])
     if ticks and len(sizes) <= 8:
-        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        places = axes.xaxis.get_transform().transform(np.array(sizes))
+        named = [0]
+        for one in range(1, len(sizes)):
+            if places[one] - places[named[-1]] > 0.06 * (places[-1] - places[0]):
+                named.append(one)
+        axes.set_xticks(sizes, [f"{size:g}" if one in named else "" for one, size in enumerate(sizes)])
         axes.set_xticks([], minor=True)
 
 
 def _draw_bars(axes: Axes, sweep: Sweep, points: Sequence[Point]) -> None:
-    names = [" ".join(shown(value) for value in point.values.values()) or "all" for point in points]
+    names = _short([" ".join(shown(value) for value in point.values.values()) or "all" for point in points])
     places = np.arange(len(points))
     half = [point.interval or 0.0 for point in points]
     axes.bar(places, [point.mean or 0.0 for point in points], 0.6, color=BLUE, alpha=0.75, yerr=half, capsize=4)
@@ -125,12 +169,7 @@ def _draw_list(axes: Axes, sweep: Sweep, points: Sequence[Point]) -> None:
     best = sorted(points, key=lambda point: point.mean or 0.0, reverse=sweep.direction == "max")[:_MOST][::-1]
     half = [point.interval or 0.0 for point in best]
     axes.errorbar([point.mean or 0.0 for point in best], range(len(best)), xerr=half, fmt="o", color=BLUE, capsize=3)
-    keys = [key.rpartition(".")[2] for key in sweep.varied]
-    names = [
-        ", ".join(f"{key} {shown(value)}" for key, value in zip(keys, point.values.values(), strict=True))
-        for point in best
-    ]
-    axes.set_yticks(range(len(best)), names)
+    axes.set_yticks(range(len(best)), _names(best))
     left_out = f" (the best {_MOST} of {len(points)} points)" if len(points) > _MOST else ""
     axes.set(xlabel=sweep.metric + left_out)
     axes.grid(axis="x", alpha=0.25)

@@ -4,8 +4,10 @@ import fcntl
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,7 +15,10 @@ from PIL import Image
 
 from kimivl.cli import main
 from kimivl.sweep.folder import read_sweep
+from kimivl.sweep.picture import _COLOURS as COLOURS
+from kimivl.sweep.picture import _scale, _short, plt
 from kimivl.sweep.summary import fold, half_interval, shown
+from kimivl.tracking.names import METRICS
 
 
 class Folder:
@@ -51,6 +56,17 @@ def weights(path, **more):
     """A grid of two weights and three seeds: accuracy is the weight and a hundredth of the seed."""
     params = {"reward.length.weight": ["0", "0.5"], "seed": ["1", "2", "3"]}
     return Folder(path, params, lambda weight, seed: float(weight) + int(seed) / 100, **more)
+
+
+def stages(path):
+    """The runs of the stages of one model."""
+    runs = [path / "digits" / stage for stage in ("sft", "rl")]
+    for run in runs:
+        (run / ".hydra").mkdir(parents=True)
+        (run / ".hydra" / "overrides.yaml").write_text(f"[stage={run.name}]")
+        (run / "run.json").write_text(json.dumps({"status": "finished", "config": {"stage": run.name, "seed": 1}}))
+        (run / "metrics.json").write_text('{"val/accuracy": 0.5}')
+    return runs
 
 
 def summary(folder):
@@ -91,7 +107,7 @@ def test_what_is_not_finished_is_listed_with_its_reason_and_the_command(tmp_path
     cut = folder.run(**{at: "0.5", "seed": "1"})
     (cut / "metrics.json").write_text('{"val/accuracy": 0.')  # as it was when the disk was full
     held = folder.run("running", **{at: "0.5", "seed": "2"})
-    (held / "history.jsonl").write_text('{"step": 4}\n{"step": 7}\n')
+    (held / "history.jsonl").write_text('{"step": 4}\n{"step": 7}\n{"st')  # it is being written
     dead = folder.run("running", folder="of another name", **{at: "0.5", "seed": "9"})
     (dead / ".lock").write_text("process 1 on a")
     (folder.path / "junk").mkdir()
@@ -138,6 +154,28 @@ def test_a_metric_that_is_no_number_or_was_not_measured(tmp_path, capsys):
     assert "seconds (more is better)" in out
 
 
+@pytest.mark.parametrize(("value", "told"), [("null", "null"), ('"high"', "high"), ("Infinity", "inf")])
+def test_a_value_that_is_no_number_is_said_as_it_is(tmp_path, capsys, value, told):
+    folder = Folder(tmp_path / "grid", {"lr": ["1"]}, float)
+    folder.run_all()
+    (folder.path / "lr-1" / "metrics.json").write_text(f'{{"val/accuracy": {value}, "seconds": 2}}')
+    code, out = said(capsys, folder.path)
+    assert code == 1 and f"diverged  lr-1: val/accuracy is {told}\n" in out
+
+
+MINE = {"perf/samples_per_s": "max", "perf/rollout_slot_use": "max", "perf/step_s": "min"}
+MINE |= {"val/verifier_failures": "min", "policy/nonfinite_tokens": "min", "policy/kl": "min", "eval/kl_2": "min"}
+KNOWN = {name: metric.best for name, metric in METRICS.items() if metric.best and "*" not in name}
+
+
+@pytest.mark.parametrize(("metric", "direction"), [*MINE.items(), *KNOWN.items()])
+def test_the_direction_of_a_metric_is_told_by_its_name(tmp_path, metric, direction):
+    folder = weights(tmp_path / "grid")
+    run = folder.run(reward_length_weight="0", seed="1")
+    (run / "metrics.json").write_text(json.dumps({metric: 1.0}))
+    assert read_sweep(folder.path, metric).direction == direction
+
+
 def test_a_search_shows_the_best_first_and_how_many_are_left(tmp_path, capsys):
     settings = {"n_trials": 5, "direction": "minimize", "params": {"lr": "interval(0,1)"}}
     folder = Folder(tmp_path / "search", {"lr": ["0.512345678912", "0.1", "0.9"]}, float, sweeper=settings)
@@ -146,6 +184,84 @@ def test_a_search_shows_the_best_first_and_how_many_are_left(tmp_path, capsys):
     assert code == 1 and "5 trials: 3 finished, 2 missing" in out
     assert out.index("│    0.1") < out.index("│ 0.5123") < out.index("│    0.9")
     assert summary(folder)["trials_left"] == 2
+    assert "seconds (less is better)" in said(capsys, folder.path, "--metric", "seconds")[1]
+
+
+def test_the_studys_direction_is_of_its_own_metric(tmp_path):
+    settings = {"n_trials": 3, "direction": "maximize", "params": {"lr": "interval(0,1)"}}
+    folder = Folder(tmp_path / "search", {"lr": ["0.5", "0.1", "0.9"]}, float, sweeper=settings)
+    for point in folder.points:
+        run = folder.run(**point)
+        (run / "metrics.json").write_text(json.dumps({"val/accuracy": 0.5, "val/loss": float(point["lr"])}))
+    loss, accuracy = read_sweep(folder.path, "val/loss"), read_sweep(folder.path)
+    assert (loss.direction, accuracy.direction) == ("min", "max")
+    assert fold(loss)[0].values == {"lr": "0.1"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all, but long enough to be taken for one" * 9])
+def test_a_study_that_cannot_be_read_is_said_and_the_runs_are_counted(tmp_path, capsys, content):
+    settings = {"n_trials": 5, "direction": "maximize", "study_name": "lr"}
+    folder = Folder(tmp_path / "search", {"lr": ["0.5", "0.1", "0.9"]}, float, sweeper=settings)
+    folder.run_all()
+    (folder.path / "study.db").write_bytes(content)
+    code, out = said(capsys, folder.path)
+    assert code == 1 and "5 trials: 3 finished, 2 missing" in out
+    assert f"{folder.path}/study.db cannot be read (" in out
+
+
+def test_each_point_and_seed_counts_once(tmp_path, capsys):
+    """However often it was run: copied, in a sweep of its own inside, or typed before there were seeds."""
+    folder = weights(tmp_path / "grid")
+    folder.run_all()
+    run = folder.path / "reward.length.weight-0_seed-1"
+    shutil.copytree(run, folder.path / "backup of 1")
+    before = folder.run(reward_length_weight="0", seed="1", folder="reward.length.weight-0")
+    (before / ".hydra" / "overrides.yaml").write_text(r"[reward.length.weight=0, stage=rl, name=a\ b]")
+    (before / "run.json").write_text('{"status": "finished", "config": {"seed": 1}}')
+    (before / "metrics.json").write_text('{"val/accuracy": 0.9}')
+    weights(folder.path / "inner").run_all()
+    code, out = said(capsys, folder.path)
+    assert code == 0 and "6 runs: 6 finished" in out
+    assert summary(folder)["points"][0]["seeds"] == {"1": 0.01, "2": 0.02, "3": 0.03}
+    assert f"{before} is left out: its point and seed are those of {run.name}\n" in out
+    assert f"{folder.path}/backup of 1 is left out" in out
+    shutil.rmtree(run)
+    shutil.rmtree(folder.path / "backup of 1")
+    assert {job.seed: job.metric for job in fold(read_sweep(folder.path))[0].jobs} == {"1": 0.9, "2": 0.02, "3": 0.03}
+
+
+def test_what_the_grid_varies_tells_points_apart_even_where_it_makes_no_other_point(tmp_path):
+    folder = Folder(tmp_path / "grid", {"callbacks": ["none", "default"], "seed": ["1", "2"]}, lambda _, seed: 0.5)
+    folder.run_all(but=[3])
+    sweep = read_sweep(folder.path)
+    assert sweep.varied == ["callbacks"] and sweep.missing[0]["callbacks"] == "default"
+    assert [len(point.metrics) for point in fold(sweep)] == [1, 2]
+
+
+def test_values_with_brackets_are_shown_as_they_are(tmp_path, capsys):
+    folder = Folder(tmp_path / "grid", {"data.shards": ["[/data/a]", "[red]"]}, lambda shards: len(shards))
+    for name, point in zip("ab", folder.points, strict=True):
+        folder.run(folder=name, data_shards=point["data.shards"])
+    code, out = said(capsys, folder.path)
+    assert code == 0 and "│ [/data/a] │" in out and "│     [red] │" in out
+    assert "best: data.shards=[/data/a]: 9" in out
+
+
+def test_a_key_that_a_point_lacks_is_not_named(tmp_path, capsys):
+    folder = weights(tmp_path / "grid")
+    folder.run_all()
+    run = folder.run(reward_length_weight="9", seed="1", folder="plain")
+    (run / ".hydra" / "overrides.yaml").write_text("[sampler=uniform, seed=1]")
+    assert "best: sampler=uniform: 9.01" in said(capsys, folder.path)[1]
+
+
+def test_what_a_glob_stands_for_is_not_known(tmp_path, capsys):
+    folder = Folder(
+        tmp_path / "grid", {"objective": ["a", "b"]}, lambda name: 0.5, {"params": {"objective": "glob(*)"}}
+    )
+    folder.run_all()
+    code, out = said(capsys, folder.path)
+    assert "2 runs: 2 finished" in out and "what is missing is not known: a key was swept over glob(...)" in out
 
 
 def test_points_are_told_apart_by_what_matters(tmp_path):
@@ -166,6 +282,17 @@ def test_a_sweep_that_was_moved_is_read_where_it_is(tmp_path):
     sweep = read_sweep(moved)
     assert sweep.counts == {"finished": 5, "missing": 1}
     assert sweep.command and f"hydra.sweep.dir={moved}" in sweep.command
+
+
+@pytest.mark.parametrize(("typed_in", "named"), [(".", "outputs/grid"), ("elsewhere", "{}/outputs/grid")])
+def test_the_command_works_where_the_sweep_was_typed(tmp_path, monkeypatch, typed_in, named):
+    folder = weights(tmp_path / "outputs" / "grid")
+    asked = yaml.safe_load((folder.path / "multirun.yaml").read_text())
+    asked["hydra"]["runtime"] = {"cwd": str(tmp_path / typed_in)}
+    (folder.path / "multirun.yaml").write_text(yaml.safe_dump(asked))
+    monkeypatch.chdir(folder.path)
+    command = read_sweep(Path()).command
+    assert command and command.endswith(f" hydra.sweep.dir={named.format(tmp_path)}")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +318,34 @@ def test_every_kind_of_grid_has_a_picture(tmp_path, capsys, params):
     assert len(fold(read_sweep(folder.path))) == points
 
 
+def test_lines_that_are_equal_are_all_seen(tmp_path, capsys):
+    folder = Folder(tmp_path / "grid", {"lr": ["0", "0.001", "1"], "sampler": ["a", "b", "c"]}, lambda lr, _: float(lr))
+    folder.run_all()
+    said(capsys, folder.path)
+    pixels = Image.open(folder.path / "sweep.png").convert("RGB").getcolors(1 << 20)
+    seen = [count for count, colour in pixels if f"#{bytes(colour).hex()}" in COLOURS[:3]]
+    assert len(seen) == 3 and min(seen) > 0.5 * max(seen)
+
+
+@pytest.mark.parametrize("values", [["0", "0.001", "0.5"], ["1", "2", "3", "3.01"], ["0.1", "1", "3"], ["0"]])
+def test_the_ticks_of_a_grid_do_not_cover_one_another(values):
+    figure, axes = plt.subplots()
+    axes.plot([float(value) for value in values], [0.5] * len(values))
+    _scale(axes, values)
+    figure.canvas.draw()
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    spans = [label.get_window_extent() for label in labels]
+    plt.close(figure)
+    assert [label.get_text() for label in labels] == values[:3]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(spans))
+
+
+def test_a_long_value_is_drawn_without_what_all_have():
+    paths = [f"/data/models/long_cot/run-{name}/checkpoints/model" for name in ("ab", "ac")]
+    assert _short(paths) == ["run-ab", "run-ac"]
+    assert _short(["grpo", "dapo"]) == ["grpo", "dapo"] and len(_short(["x" * 99])[0]) == 30
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -198,14 +353,20 @@ def test_every_kind_of_grid_has_a_picture(tmp_path, capsys, params):
         (lambda path: path, "no sweep there"),
         (lambda path: weights(path / "sweeps" / "one").path.parent, "is no sweep, but holds some; give one of: "),
         (lambda path: weights(path / "name" / "sweeps" / "one").path.parents[1], "is no sweep, but holds some"),
-        (lambda path: weights(path / "sweep").run(reward_length_weight="0", seed="1"), "is a single run, not a sweep"),
+        (
+            lambda path: weights(path / "a").run(reward_length_weight="0", seed="1"),
+            "is a single run, not a sweep; give ",
+        ),
+        (lambda path: stages(path)[0], "is a single run, not a sweep; try kimivl report "),
+        (lambda path: stages(path)[0].parent, "holds the stages of a model, not a sweep; try kimivl report "),
     ],
-    ids=["none", "empty", "above", "far above", "run"],
+    ids=["none", "empty", "above", "far above", "run", "stage", "stages"],
 )
 def test_a_wrong_folder_is_one_sentence(tmp_path, capsys, make, message):
     assert main(["sweep", str(make(tmp_path))]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("summary.json"))
 
 
 def test_a_torn_multirun_file_is_one_sentence(tmp_path, capsys):

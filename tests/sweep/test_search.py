@@ -143,6 +143,8 @@ def test_a_trial_that_was_stopped_is_missing_once(tmp_path):
         (run / "run.json").write_text(json.dumps({"status": status}))
         if status == "finished":
             (run / "metrics.json").write_text('{"val/accuracy": 0.5}')
+    other = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="y")
+    other.tell(other.ask(), 0.5)
     (tmp_path / "multirun.yaml").write_text(
         "hydra: {sweeper: {n_trials: 4, study_name: x}, job: {name: train}, overrides: {task: [], hydra: []}}"
     )
