@@ -59,8 +59,10 @@ class Record(DummyLogger):
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[str, list[float]] = defaultdict(list)
+        self.steps: list[int | None] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.steps.append(step)
         for name, value in metrics.items():
             self.values[name].append(float(value))
 
@@ -90,9 +92,10 @@ def test_the_update_and_its_figures_do_not_depend_on_the_packs(fit, name):
 def test_training_is_timed_once_an_iteration(fit):
     logger = Record()
     two = ["data.phases=[{epochs: 2, lr: [0.1, 0.1]}]", "data.updates=2"]
-    fit("rl", *RL, *two, accumulate=2, logger=logger)
+    fit("rl", *RL, *two, accumulate=2, logger=logger, log_every_n_steps=1)
     for phase in ("generate", "reference", "train"):
         assert len(logger.values[f"perf/{phase}_s"]) == 2 and min(logger.values[f"perf/{phase}_s"]) > 0
+    assert logger.steps == sorted(logger.steps), "figures of a step do not come together"
 
 
 def test_tau_follows_its_schedule(fit):

@@ -122,14 +122,14 @@ class RLModule(LongCoTModule):
     def _log_figures(self) -> None:
         """The figures of the iteration's rollouts, once, whatever ``log_every_n_steps`` is."""
         figures = self.datamodule.figures
-        self._log_once(figures)
+        self._log_once(figures, self.global_step)
         for name, value in figures.items():
             self.log(name, value, logger=False, prog_bar=name in SHOWN, batch_size=1)
 
-    def _log_once(self, figures: Mapping[str, float]) -> None:
+    def _log_once(self, figures: Mapping[str, float], step: int) -> None:
         for logger in self.loggers:
             about = {"rollout/iteration": self.current_epoch, "epoch": self.current_epoch}
-            logger.log_metrics({**figures, **about}, step=self.global_step)
+            logger.log_metrics({**figures, **about}, step=step)
 
     def log_probs(self, batch: TrajectoryBatch) -> Tensor:
         """(K,) log-probabilities of a pack's response tokens, as they were drawn: at the temperature, and through the
@@ -164,5 +164,6 @@ class RLModule(LongCoTModule):
         if self.trainer.is_last_batch and self._training_since is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self._log_once({"perf/train_s": max(ranks.gather(time.perf_counter() - self._training_since))})
+            figures = {"perf/train_s": max(ranks.gather(time.perf_counter() - self._training_since))}
+            self._log_once(figures, self.global_step - 1)  # the row of the step's loss
             self._training_since = None
