@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 STEP, TOKENS, ITERATION = "trainer/global_step", "data/tokens_seen", "rollout/iteration"
 AXES = (STEP, TOKENS, ITERATION)
 """What a chart's x-axis may be: optimiser steps, tokens trained on, RL iterations."""
+CARRIED = (TOKENS, ITERATION)
+"""Axes that some rows of a run have, and W&B gets in each."""
 
 BY_ITERATION = ("rollout", "reward", "sampler")
 """Namespaces that have one value for each RL iteration."""
@@ -34,8 +36,8 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    STEP: Metric("steps", "optimiser steps done before the row"),
-    "epoch": Metric("epochs", "epochs done before the row; in RL iterations"),
+    STEP: Metric("steps", "number of the optimiser step, from 0; val/ has that of the last, test/ the steps done"),
+    "epoch": Metric("epochs", "number of the epoch, from 0, in RL the iteration; test/ has the epochs done"),
     # train/
     "train/loss": Metric("nats per target token; RL: the objective's own", "loss of the step, without aux_loss", "min"),
     "train/aux_loss": Metric("1", "weighted balancing loss of the experts"),
@@ -84,6 +86,7 @@ METRICS: dict[str, Metric] = {
     "perf/rollout_tokens": Metric("tokens", "new tokens of an iteration"),
     "perf/rollout_steps": Metric("steps", "decoding steps of an iteration"),
     "perf/rollout_rows": Metric("rows", "mean responses that are decoded at once"),
+    "perf/rollout_balance": Metric("share", "mean time that the ranks' rollouts take by that of the slowest"),
     "perf/rollout_slot_use": Metric("share", "rows in use of those that there are"),
     "perf/prefill_tokens": Metric("tokens", "prompt tokens read by the rollout engine"),
     "perf/prompts_read": Metric("prompts", "prompts read in training; responses in a pack share one"),
@@ -96,7 +99,7 @@ METRICS: dict[str, Metric] = {
     "perf/waited_s": Metric("s", "waited for rollouts that run ahead"),
     "perf/*": Metric("as named", "further figures of a rollout engine"),
     # rollout/, reward/, sampler/: one iteration's
-    ITERATION: Metric("iterations", "iterations of RL done before the row"),
+    ITERATION: Metric("iterations", "number of the RL iteration, from 0"),
     "rollout/accuracy": Metric("share of responses", "drawn responses that are right", "max"),
     "rollout/length": Metric("tokens", "mean length of drawn responses"),
     "rollout/length_max": Metric("tokens", "the longest drawn response"),

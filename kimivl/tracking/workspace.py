@@ -111,7 +111,8 @@ def _of_group(group: str | None) -> Any:
 def _panels(room: str) -> Iterator[Any]:
     for pattern, metric in METRICS.items():
         name = pattern.replace("*/", f"{room}/", 1) if room in ("val", "test") else pattern
-        if name.startswith(f"{room}/") and metric.unit not in ("table", "histogram"):
+        inside = "train" if name.startswith("lr-") else name.partition("/")[0]
+        if inside == room and metric.unit not in ("table", "histogram", "as named"):
             yield _line(name, metric, axis(name))
             if name in OVER_TOKENS:
                 yield _line(name, metric, TOKENS)
@@ -121,8 +122,10 @@ def _panels(room: str) -> Iterator[Any]:
 
 
 def _line(name: str, metric: Metric, over: str) -> Any:
-    title = name.rstrip("*/") + " over tokens" * (over == TOKENS)
+    title = name.rstrip("*/-_") + " over tokens" * (over == TOKENS)
     about: dict[str, Any] = {"title": title, "x": over, "title_y": metric.unit}
     if "*" in name:
-        return reports.LinePlot(metric_regex=f"^{name.replace('*', '.*')}$", **about)
+        # reward/* is no reward/failures/x, which has another unit; experts/dead* is experts/dead/layer_01 too
+        pattern = name.replace("/*", "/[^/]+").replace("*", ".*")
+        return reports.LinePlot(metric_regex=f"^{pattern}$", **about)
     return reports.LinePlot(y=[name], **about)

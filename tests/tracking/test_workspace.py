@@ -1,9 +1,14 @@
 """The saved workspace and report, as W&B gets them."""
 
 import json
+import re
+
+import pytest
+from wandb_workspaces.reports import v2 as reports
 
 from kimivl.cli import main
 from kimivl.tracking import names
+from kimivl.tracking.workspace import make_workspace
 
 
 def texts(node, key):
@@ -48,6 +53,35 @@ def test_workspace_and_report_reach_the_server(server, capsys):
     assert report["type"] == "runs" and report["displayName"] == "kimivl: the runs of lr"
     blocks = json.dumps(json.loads(report["spec"]))
     assert "val/accuracy" in blocks and "runset" in blocks.lower() and METER in blocks
+
+
+def panels(room):
+    [section] = [section for section in make_workspace("me", "kimivl", None).sections if section.name == room]
+    return [panel for panel in section.panels if isinstance(panel, reports.LinePlot)]
+
+
+def shows(panel, name):
+    return re.fullmatch(panel.metric_regex, name) is not None if panel.metric_regex else panel.y == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [
+        ("lr-MuonAdamW/pg1", "train"),
+        ("train/grad_norm/vision", "train"),
+        ("reward/format", "reward"),
+        ("reward/failures/timeout", "reward"),
+        ("perf/memory_gb", "perf"),
+        ("perf/rollout_balance", "perf"),
+        ("experts/dead", "experts"),
+        ("experts/dead/layer_01", "experts"),
+        ("test/accuracy_difficulty_3", "test"),
+    ],
+)
+def test_a_panel_has_figures_of_one_unit(name, room):
+    """And each figure one."""
+    found = [panel for panel in panels(room) if shows(panel, name)]
+    assert [(panel.title_y, panel.x) for panel in found] == [(names.describe(name).unit, names.axis(name))]
 
 
 METER = names.METRICS["policy/kl"].meaning
