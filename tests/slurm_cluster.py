@@ -23,6 +23,8 @@ GRACE = 60
 SETTLE_S = 2.0
 """Seconds after which a requeued job may start. SLURM counts in seconds when it takes a job's credential back: one that
 starts again within the same second is refused ("Job credential revoked"), and fails with an empty log."""
+WAIT_S = 900
+"""Seconds after which what a test waits for will not come, on a busy machine either."""
 
 CONF = """
 ClusterName=test
@@ -49,7 +51,10 @@ SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
-KillWait=10
+KillWait=60
+MessageTimeout=60
+TCPTimeout=30
+BatchStartTimeout=120
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
@@ -117,12 +122,13 @@ class Cluster:
         own = [f"--{name}={at}/munge.{file}" for name, file in (("key-file", "key"), ("socket", "socket"))]
         own += [f"--{name}-file={at}/munge.{name}" for name in ("pid", "log", "seed")]
         self._start(stack, "munged", "--foreground", "--force", *own)
-        wait_for(lambda: (at / "munge.socket").exists(), lambda: "munged", 10)
+        wait_for(lambda: (at / "munge.socket").exists(), lambda: "munged", 120)
         self._start(stack, "slurmctld", "-D", "-c")
         for node in self.nodes:
             self._start(stack, "slurmd", "-D", "-N", node)
         idle = ["idle"] * len(self.nodes)
-        wait_for(lambda: self.try_run("sinfo", "-hN", "-p", "low", "-o", "%T").split() == idle, lambda: "the nodes", 30)
+        look = ("sinfo", "-hN", "-p", "low", "-o", "%T")
+        wait_for(lambda: self.try_run(*look).split() == idle, lambda: f"the nodes: {self.complaints()}", 180)
 
     def _start(self, stack: ExitStack, *command: str) -> None:
         log = stack.enter_context((self.folder / f"{command[0]}.out").open("a"))
@@ -143,19 +149,16 @@ class Cluster:
     def cancel_all(self) -> None:
         """Empty the queue, and wait until it is."""
         self.try_run("scancel", f"--user={getpass.getuser()}")
-        try:
-            wait_for(lambda: not self.try_run("squeue", "-h").strip(), lambda: "the last job's end", 20)
-        except TimeoutError as error:
-            print(error)
+        wait_for(lambda: not self.run("squeue", "-h"), lambda: f"the last job's end: {self.run('squeue')}", 120)
 
     def try_run(self, *command: str) -> str:
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=120)
         return done.stdout
 
     def run(self, *command: str, **environment: str) -> str:
         """What a command of SLURM prints; it must succeed."""
         env = os.environ | self.environment | environment
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -165,23 +168,26 @@ class Cluster:
 
     def queue(self) -> list[str]:
         """The jobs that wait or run: 17, or 17_3 in an array."""
-        return self.run("squeue", "--noheader", "--array", "--format=%i").split()
+        return self.run("squeue", "-h", "--array", "--states=PENDING,RUNNING", "--format=%i").split()
 
-    def wait_for_state(self, job: str, *states: str, timeout: float = 300) -> None:
-        wait_for(lambda: self.job(job)["JobState"] in states, lambda: f"{job} to be {states}: {self.job(job)}", timeout)
+    def wait_for_state(self, job: str, *states: str) -> None:
+        wait_for(lambda: self.job(job)["JobState"] in states, lambda: f"{job} to be {states}: {self.job(job)}")
 
-    def start_again(self, job: str, restarts: int = 1) -> None:
-        """Wait until a job is back in the queue, and spare it the two minutes that SLURM lets it wait there."""
+    def start_again(self, job: str, *changes: str) -> None:
+        """Wait until a job is back in the queue, and spare it the two minutes that SLURM lets it wait there.
+
+        ``changes`` to what it asked for are written as `scontrol update` takes them.
+        """
 
         def waits_or_over() -> bool:
             known = self.job(job)
-            waits = known["JobState"] == "PENDING" and int(known["Restarts"]) >= restarts
+            waits = known["JobState"] == "PENDING" and int(known["Restarts"]) >= 1
             return waits or known["JobState"] in ENDED
 
-        wait_for(waits_or_over, lambda: f"{job} to be requeued: {self.job(job)}", 300)
+        wait_for(waits_or_over, lambda: f"{job} to be requeued: {self.job(job)}")
         assert self.job(job)["JobState"] == "PENDING", self.job(job)
         time.sleep(SETTLE_S)
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now", *changes)
 
     def complaints(self) -> str:
         """What the daemons call errors."""
@@ -244,12 +250,12 @@ def slurm_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def wait_for(condition: Callable[[], object], what: Callable[[], str], timeout: float, every: float = 0.2) -> None:
+def wait_for(condition: Callable[[], object], what: Callable[[], str], timeout: float = WAIT_S) -> None:
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"waited {timeout} s for {what()}")
-        time.sleep(every)
+        time.sleep(0.2)
 
 
 def free_ports(count: int) -> list[int]:

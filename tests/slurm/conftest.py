@@ -60,7 +60,7 @@ def whole(uninterrupted: Callable[..., Path]) -> Path:
 def sbatch(nodes: Cluster, root: Path, tmp_path: Path) -> Callable[..., str]:
     """Submit a script as a user writes it; returns the job's number."""
 
-    def submit(*overrides: str, options: tuple[str, ...] = ("--signal=USR2@30", "--time=10"), tasks: int = 2) -> str:
+    def submit(*overrides: str, options: tuple[str, ...] = ("--signal=USR2@30", "--time=30"), tasks: int = 2) -> str:
         words = " ".join(f"'{override}'" for override in (*short(root), f"trainer.devices={tasks}", *overrides))
         script = tmp_path / "job.sh"
         script.write_text(
@@ -94,7 +94,7 @@ def sweep(nodes: Cluster, root: Path, tmp_path: Path) -> Iterator[Callable[..., 
 
 
 def _start(nodes: Cluster, root: Path, tmp_path: Path, overrides: tuple[str, ...]) -> subprocess.Popen[str]:
-    own = ["-m", "hydra/launcher=slurm", "hydra.launcher.timeout_min=10", f"hydra.sweep.dir={tmp_path}/sweep"]
+    own = ["-m", "hydra/launcher=slurm", "hydra.launcher.timeout_min=30", f"hydra.sweep.dir={tmp_path}/sweep"]
     environment = {"PYTHONPATH": str(ROOT / "tests"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "train.py", *own, *short(root), *overrides],

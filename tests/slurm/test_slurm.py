@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from command import history, train
-from slurm_cluster import Cluster, short, wait_for
+from slurm_cluster import WAIT_S, Cluster, short, wait_for
 
 FIRST = "+callbacks.pause._target_=pause_at.PauseAt"
 
@@ -34,7 +34,7 @@ def reached(nodes: Cluster, job: str, folder: Path) -> None:
     def there_or_over() -> bool:
         return (folder / "reached").exists() or nodes.job(job)["JobState"] not in ("PENDING", "RUNNING")
 
-    wait_for(there_or_over, lambda: f"the step: {_log(folder)}", 300)
+    wait_for(there_or_over, lambda: f"the step: {_log(folder)}")
     assert (folder / "reached").exists(), _log(folder)
 
 
@@ -43,7 +43,7 @@ def _log(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--signal=USR2@30", "--time=10"), ()], ids=["told with USR2", "told with TERM"])
+@pytest.mark.parametrize("options", [("--signal=USR2@30", "--time=30"), ()], ids=["told with USR2", "told with TERM"])
 def test_preempted_two_tasks_go_on_where_they_were(nodes, sbatch, whole, tmp_path, options):
     job = sbatch(*pause(tmp_path), options=options)
     reached(nodes, job, tmp_path)
@@ -75,8 +75,8 @@ def test_a_cancelled_job_is_saved_and_not_requeued(nodes, sbatch, tmp_path):
     reached(nodes, job, tmp_path)
     nodes.run("scancel", job)
     nodes.wait_for_state(job, "CANCELLED")
-    wait_for(lambda: status(tmp_path / "run") == "interrupted", lambda: _log(tmp_path), 20)
-    wait_for(lambda: "saved after step 4" in _log(tmp_path), lambda: _log(tmp_path), 20)
+    wait_for(lambda: status(tmp_path / "run") == "interrupted", lambda: _log(tmp_path))
+    wait_for(lambda: "saved after step 4" in _log(tmp_path), lambda: _log(tmp_path))
     assert nodes.job(job)["Restarts"] == "0" and "put back" not in _log(tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_a_time_out_is_told_before_it_comes(nodes, sbatch, uninterrupted, tmp_pa
     # SLURM looks at times twice a minute, and may tell a job a minute early.
     job = sbatch(*pause(tmp_path), options=("--time=2", "--signal=USR2@45"), tasks=1)
     reached(nodes, job, tmp_path)
-    nodes.start_again(job)
+    nodes.start_again(job, "TimeLimit=30")  # two minutes need not be enough for its second life
     assert status(tmp_path / "run") == "interrupted"
     nodes.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
     assert nodes.job(job)["ExitCode"] == "0:0" and status(tmp_path / "run") == "finished"
@@ -110,14 +110,14 @@ def test_an_array_with_jobs_that_fail_and_jobs_that_are_requeued(nodes, sweep, u
         assert typed.poll() is None, typed.communicate()[0] + _logs(folder)
         return len(list(folder.rglob("reached"))) == 2
 
-    wait_for(both_reached, lambda: _logs(folder), 400)
+    wait_for(both_reached, lambda: _logs(folder))
     first = min(int(job.split("_")[0]) for job in nodes.queue())
     assert nodes.job(f"{first}_3")["JobState"] == "PENDING"  # two at a time; the second has failed
     for task in (0, 2):
         nodes.run("scancel", "--signal=USR2", f"{first}_{task}")
     for task in (0, 2):
         nodes.start_again(f"{first}_{task}")
-    printed = typed.communicate(timeout=400)[0]
+    printed = typed.communicate(timeout=WAIT_S)[0]
     assert typed.returncode == 1 and "2 of 4 jobs" in printed and "Traceback" not in printed, printed
     finished = finished_by_seed(folder)
     assert sorted(finished) == [1, 2]
@@ -138,12 +138,12 @@ def test_an_array_of_jobs_with_two_tasks(nodes, sweep, uninterrupted, tmp_path):
         assert typed.poll() is None, typed.communicate()[0] + _logs(folder)
         return (tmp_path / "reached-1").exists()
 
-    wait_for(first_reached, lambda: _logs(folder), 300)
+    wait_for(first_reached, lambda: _logs(folder))
     array = nodes.queue()[0].split("_")[0]
     assert nodes.job(f"{array}_0")["NumTasks"] == "2"
     nodes.run("scancel", "--signal=USR2", f"{array}_0")
     nodes.start_again(f"{array}_0")
-    printed = typed.communicate(timeout=300)[0]
+    printed = typed.communicate(timeout=WAIT_S)[0]
     assert typed.returncode == 0, printed + _logs(folder)
     assert _logs(folder).count("is put back into the queue") == 1, _logs(folder)  # by one of the tasks, once
     finished = finished_by_seed(folder)
