@@ -83,9 +83,11 @@ def test_a_cancelled_job_is_saved_and_not_requeued(nodes, sbatch, tmp_path):
 @pytest.mark.slow
 def test_a_time_out_is_told_before_it_comes(nodes, sbatch, uninterrupted, tmp_path):
     # SLURM looks at times twice a minute, and may tell a job a minute early.
-    job = sbatch(*pause(tmp_path), options=("--time=2", "--signal=USR2@45"), tasks=1)
+    job = sbatch(*pause(tmp_path), options=("--time=30", "--signal=USR2@45"), tasks=1)
     reached(nodes, job, tmp_path)
-    nodes.start_again(job, "TimeLimit=30")  # two minutes need not be enough for its second life
+    minutes = int(nodes.job(job)["RunTime"].split(":")[1])
+    nodes.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes + 2}")
+    nodes.start_again(job, "TimeLimit=30")
     assert status(tmp_path / "run") == "interrupted"
     nodes.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
     assert nodes.job(job)["ExitCode"] == "0:0" and status(tmp_path / "run") == "finished"
