@@ -226,10 +226,12 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sync(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN_DIR", help="for example outputs/digits/sft")
+    parser.add_argument(
+        "folder", type=Path, metavar="RUN_DIR", help="for example outputs/digits/sft, or a sweep's folder"
+    )
 
     def call(arguments: argparse.Namespace) -> int:
-        from kimivl.tracking.wandb_run import sync
+        from kimivl.tracking.sync import sync
 
         return sync(arguments.folder)
 

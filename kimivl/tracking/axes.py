@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kimivl.tracking import names
 
 
 class Axes:
-    """The axis of each namespace of a run; and a row's tokens, for it to be drawn over those as well.
+    """The axis of each namespace of a run; and a row's tokens and RL iteration, for it to be drawn over those as well.
 
     W&B draws a metric over any other that stands in the same rows, and a metric has one axis that it begins with. The
-    tokens trained on are figures of the training's log steps, so the rows of a validation would have none.
+    tokens trained on are figures of the training's log steps, the iteration of its first one, so the rows of a
+    validation would have neither.
 
     Args:
-        run: of W&B. tokens: what earlier processes of the run had trained on, by step.
+        run: of W&B. earlier: (step, value) of tokens and iterations, from earlier processes of the run.
     """
 
-    def __init__(self, run: Any, tokens: Mapping[int, float]) -> None:
+    def __init__(self, run: Any, earlier: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         self._run = run
-        self._tokens = dict(tokens)
-        self._steps = sorted(self._tokens)
+        self._places = {axis: sorted(earlier[axis]) for axis in names.CARRIED}
         self._defined: set[str] = set()
         for axis in names.AXES:
             run.define_metric(axis)
@@ -35,18 +36,13 @@ class Axes:
         """Log a row of one step, with its place on the axes."""
         self._define(row)
         place: dict[str, Any] = {} if step is None else {names.STEP: step}
-        if names.TOKENS not in row:
-            place |= self._tokens_before(step)
-        elif step is not None:
-            if step not in self._tokens:
-                insort(self._steps, step)
-            self._tokens[step] = row[names.TOKENS]
+        for axis, places in self._places.items():
+            if axis not in row:  # that of the last row up to this step which has one
+                if until := bisect_right(places, (math.inf if step is None else step, math.inf)):
+                    place[axis] = places[until - 1][1]
+            elif step is not None:
+                insort(places, (step, row[axis]))
         self._run.log({**row, **place})
-
-    def _tokens_before(self, step: int | None) -> dict[str, float]:
-        """The tokens of the last row up to that step which has them; empty where there is none."""
-        until = len(self._steps) if step is None else bisect_right(self._steps, step)
-        return {names.TOKENS: self._tokens[self._steps[until - 1]]} if until else {}
 
     def _define(self, logged: Iterable[str]) -> None:
         """A pattern for each namespace: where two fit a metric, as ``*`` and ``rollout/*`` do, W&B takes either."""

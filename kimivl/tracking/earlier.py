@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from kimivl.config import HISTORY_FILE
 from kimivl.history import read_history
 from kimivl.tracking.axes import Axes
 from kimivl.tracking.local import fresh
-from kimivl.tracking.names import STEP, TOKENS
+from kimivl.tracking.names import CARRIED, STEP
 from kimivl.tracking.staged import Staged
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,10 @@ class Earlier:
             mend(path)
         self.logs = [(path, list(_rows(path))) for path in paths]
 
-    def tokens(self) -> dict[int, float]:
-        """Tokens trained on, by step."""
-        return {step: row[TOKENS] for step, row in _by_step(self.history) if TOKENS in row}
+    def places(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) of each axis that not all rows have."""
+        rows = list(_by_step(self.history))
+        return {axis: [(step, row[axis]) for step, row in rows if axis in row] for axis in CARRIED}
 
     def catch_up(self, run: Any, axes: Axes, online: bool) -> dict[str, int]:
         """Log what the run's earlier processes have logged and W&B lacks: they were killed, or could not reach it.
@@ -61,11 +63,14 @@ class Earlier:
         # W&B numbers the rows of a run and says how many it has. What was written offline is still to be synced.
         known = run.starting_step if online else None
         last: dict[str, int] = {}
+        before = 0
         for path, rows in self.logs:
+            first = before if _is_offline(path) else 0  # an offline log numbers its own rows
             for row in rows:
-                if STEP in row and (known is None or row["_step"] < known or _is_offline(path)):
+                if STEP in row and (known is None or first + row["_step"] < known or _is_for_sync(path)):
                     last |= {name: max(int(row[STEP]), last.get(name, -1)) for name in row}
-        unsent = [(path, row) for path, rows in self.logs if not _is_offline(path) for row in rows if STEP in row]
+            before += len(rows)
+        unsent = [(path, row) for path, rows in self.logs if not _is_for_sync(path) for row in rows if STEP in row]
         staged = Staged()
         for step, row in [*_by_step(self.history), *_media(unsent)]:
             if new := fresh(row, step, last):
@@ -76,13 +81,13 @@ class Earlier:
     def sync_offline(self) -> str:
         """``wandb sync`` of what was written offline and is not marked as sent; returns its folders."""
         offline = [path for path, _ in self.logs if _is_offline(path)]
-        unsent = [str(path.parent) for path in offline if not path.with_name(f"{path.name}.synced").exists()]
+        unsent = [str(path.parent) for path in offline if not _synced(path).exists()]
         if unsent:
             command = [sys.executable, "-m", "wandb", "sync", *unsent]
             where = os.environ | {"WANDB_MODE": "online", "WANDB_DIR": str(self.history.parent)}  # of its own log
             done = subprocess.run(command, env=where, capture_output=True, text=True)
             if done.returncode or "ERROR" in done.stderr:  # it says 0 whatever happens
-                raise ValueError(f"wandb sync {' '.join(unsent)} failed: {' '.join(done.stderr.split())[-300:]}")
+                raise ValueError(f"wandb sync {shlex.join(unsent)} failed: {' '.join(done.stderr.split())[-300:]}")
         return " ".join(unsent)
 
 
@@ -111,6 +116,18 @@ def mend(log: Path) -> None:
 
 def _is_offline(path: Path) -> bool:
     return path.parent.name.startswith("offline")
+
+
+def _is_for_sync(path: Path) -> bool:
+    """Whether ``wandb sync`` sends all of a log or has done so: it never sends what is written after it."""
+    synced = _synced(path)
+    has_grown = synced.exists() and synced.stat().st_mtime_ns < path.stat().st_mtime_ns
+    return _is_offline(path) and not has_grown
+
+
+def _synced(path: Path) -> Path:
+    """What ``wandb sync`` leaves beside a log."""
+    return path.with_name(f"{path.name}.synced")
 
 
 def _began(path: Path) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,7 +17,6 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from kimivl.checkpoint import MODEL
 from kimivl.tracking.artifacts import log_model, used_model
 from kimivl.tracking.axes import Axes
 from kimivl.tracking.earlier import Earlier
@@ -31,8 +30,6 @@ log = logging.getLogger(__name__)
 Outcome = Literal["success", "interrupted", "failed"]
 GRACE = 3.0
 """Seconds beyond ``finish_timeout`` that W&B's client has to give up by itself."""
-SYNC_TIMEOUT = 900.0
-"""Seconds that ``kimivl sync`` gives W&B for what it lacks of a run's rows, tables and the places of its models."""
 MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 EXIT_CODES: dict[str, int] = {"success": 0, "failed": 1, "interrupted": 130}
 
@@ -44,6 +41,11 @@ def has_key() -> bool:
     with suppress(OSError, ValueError):
         return wandb.Settings().base_url.split("//")[-1] in Path("~/.netrc").expanduser().read_text()
     return False
+
+
+def sync_command(folder: Path) -> str:
+    """What to type to send a run later."""
+    return f"kimivl sync {shlex.quote(str(folder))}"
 
 
 class WandbRun(WandbLogger, Shows):
@@ -113,13 +115,13 @@ class WandbRun(WandbLogger, Shows):
         earlier = Earlier(self.folder, str(self._id))
         self._mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         self._experiment = self._init()
-        self._axes = Axes(self._experiment, earlier.tokens())
+        self._axes = Axes(self._experiment, earlier.places())
         if self._mode == "online":
             _never_wait(self._experiment)
         if self._mode in ("online", "offline"):
             self._logged = earlier.catch_up(self._experiment, self._axes, self._mode == "online")
         if self._mode == "offline":
-            log.info("W&B writes to %s/wandb; send it with: kimivl sync %s", self.folder, self.folder)
+            log.info("W&B writes to %s/wandb; send it with: %s", self.folder, sync_command(self.folder))
 
     def _init(self) -> Any:
         """Begin in the mode that is wanted, or else offline: a run that has waited for its machine is not given up."""
@@ -130,9 +132,9 @@ class WandbRun(WandbLogger, Shows):
                 raise
             reason = " ".join(str(error).split())[:300]
             log.warning(
-                "W&B cannot be used (%s); this run is written to the disk, send it later with: kimivl sync %s",
+                "W&B cannot be used (%s); this run is written to the disk, send it later with: %s",
                 reason,
-                self.folder,
+                sync_command(self.folder),
             )
             wandb.teardown()
             self._mode = "offline"
@@ -146,7 +148,7 @@ class WandbRun(WandbLogger, Shows):
         """
         if self._experiment is None:
             return
-        giving_up = threading.Timer(self.finish_timeout + GRACE, _end_service)
+        giving_up = threading.Timer(self.finish_timeout + GRACE, end_service)
         if self._mode == "online":
             giving_up.start()
         try:
@@ -155,13 +157,13 @@ class WandbRun(WandbLogger, Shows):
                 self._experiment.mark_preempting()
             self._experiment.finish(exit_code=EXIT_CODES[outcome])
         except Exception:
-            _give_up()
+            give_up()
             if self._mode != "online":
                 raise
             log.warning(
-                "W&B has not taken all of this run; it is in %s/wandb: send the rest with: kimivl sync %s",
+                "W&B has not taken all of this run; it is in %s/wandb: send the rest with: %s",
                 self.folder,
-                self.folder,
+                sync_command(self.folder),
             )
         finally:
             giving_up.cancel()
@@ -174,7 +176,7 @@ class WandbRun(WandbLogger, Shows):
     def log_hyperparams(self, params: Any) -> None:
         """The resolved config, the run whose model this one begins with, and that model as an input."""
         init_from = params.get("init_from")
-        super().log_hyperparams(_with_parent(params))
+        super().log_hyperparams(with_parent(params))
         if init_from:
             used_model(self.experiment, Path(init_from))
 
@@ -217,7 +219,7 @@ def _cell(value: Any) -> Any:
     return None if image is None else wandb.Image(image, file_type="jpg")
 
 
-def _end_service() -> None:
+def end_service() -> None:
     """End the process through which W&B's client sends. Its own limit does not hold while an artifact is under way,
     which it tries to send for an hour; all of the run is on the disk."""
     connection: Any = wandb.setup()._connection
@@ -225,8 +227,8 @@ def _end_service() -> None:
         connection._proc._process.kill()
 
 
-def _give_up() -> None:
-    _end_service()
+def give_up() -> None:
+    end_service()
     with suppress(Exception, SystemExit):  # it would exit with the code of its ended service
         wandb.teardown()
 
@@ -245,56 +247,6 @@ def _never_wait(run: Any) -> None:
     run._public_api = _Unasked
 
 
-def _with_parent(config: dict[str, Any]) -> dict[str, Any]:
+def with_parent(config: dict[str, Any]) -> dict[str, Any]:
     parent = parent_of(config.get("init_from")).get("id")
     return config if parent is None else {**config, "parent_run": parent}
-
-
-def _log_models(run: Any, folder: Path, config: dict[str, Any]) -> None:
-    """The models that the run began with and made; those that W&B has already stay what they are."""
-    if config.get("init_from"):
-        used_model(run, Path(config["init_from"]))
-    if (folder / MODEL).is_dir():
-        log_model(run, folder / MODEL, {"stage": config.get("stage")})
-
-
-def sync(folder: Path) -> int:
-    """``kimivl sync RUN_DIR``: send what W&B does not have yet of a run; returns the exit code.
-
-    Raises:
-        ValueError: without a key, or where W&B does not answer.
-    """
-    about = read_run(folder)
-    if not about:
-        raise ValueError(f"{folder} is no run's folder: it has no run.json; give one such as outputs/digits/sft")
-    if not has_key():
-        raise ValueError("there is no W&B key: set WANDB_API_KEY, or type: wandb login")
-    started = time.perf_counter()
-    earlier = Earlier(folder, about["id"])
-    config = about["config"]
-    loggers: list[dict[str, Any]] = [logger for logger in (config.get("logger") or {}).values() if logger]
-    project = next((logger["project"] for logger in loggers if "project" in logger), "kimivl")
-    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, finish_timeout_raises=True)
-    giving_up = threading.Timer(SYNC_TIMEOUT, _end_service)  # W&B's client waits for ever for a server that has gone
-    giving_up.start()
-    try:
-        with staged_in(folder):
-            run = wandb.init(
-                id=about["id"], resume="allow", dir=folder, project=project, settings=settings, mode="online"
-            )
-            run.config.update(_with_parent(config), allow_val_change=True)
-            earlier.catch_up(run, Axes(run, earlier.tokens()), online=True)
-            _log_models(run, folder, config)
-            rows = run.step - run.starting_step
-            run.finish(exit_code=0 if about["status"] == "finished" else 1)
-    except Exception as error:
-        _give_up()
-        raise ValueError(f"W&B cannot be reached ({' '.join(str(error).split())[:300]}); try again later") from error
-    finally:
-        giving_up.cancel()
-    offline = earlier.sync_offline()  # last: W&B has counted the rows of the others without them
-    if rows or not offline:
-        print(f"{rows} rows that W&B did not have were sent in {time.perf_counter() - started:.0f} s")
-    if offline:
-        print(f"sent with wandb sync: {offline}")
-    return 0

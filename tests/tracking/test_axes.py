@@ -67,7 +67,7 @@ def test_what_the_machine_does_is_followed(tmp_path, server):
     assert any({"system.cpu", "system.proc.memory.rssMB"} <= row.keys() for row in sent.machine)
 
 
-def test_losses_and_validations_can_be_drawn_over_tokens(tmp_path, server):
+def test_losses_and_validations_can_be_drawn_over_tokens_and_iterations(tmp_path, server):
     tracking.close(run_of(tmp_path, range(2)), "interrupted")
     time.sleep(1.05)  # W&B names its folders by the second
     tracking.begin_run(tmp_path, {}, True)
@@ -79,7 +79,9 @@ def test_losses_and_validations_can_be_drawn_over_tokens(tmp_path, server):
     [sent] = server.runs.values()
     assert sent.curve("train/loss", TOKENS) == [(64, 1.0), (128, 1.0), (192, 1.0)]
     assert sent.curve("val/accuracy", TOKENS) == [(64, 0.25), (128, 0.25), (192, 0.25)]
-    assert sent.curve("val/length", TOKENS) == [(128, 7.0)]
+    assert sent.curve("val/length", TOKENS) == [(128, 7.0)] and sent.curve("val/length", ITERATION) == [(1, 7.0)]
+    assert sent.curve("train/loss", ITERATION) == [(0, 1.0), (1, 1.0), (2, 1.0)]
+    assert sent.curve("val/accuracy", ITERATION) == [(0, 0.25), (1, 0.25), (2, 0.25)]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -95,3 +97,4 @@ def test_a_run_that_is_sent_later_has_its_axes(tmp_path, server, monkeypatch, mo
     [sent] = server.runs.values()
     assert sent.axes["reward/*"] == ITERATION and sent.axes["train/*"] == STEP
     assert sent.curve("val/accuracy", TOKENS) == [(64, 0.25), (128, 0.25)]
+    assert sent.curve("val/accuracy", ITERATION) == [(0, 0.25), (1, 0.25)]

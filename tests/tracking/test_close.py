@@ -10,7 +10,7 @@ from tracking.test_wandb_run import process
 
 from kimivl import tracking
 from kimivl.tracking.local import TensorBoardRun
-from kimivl.tracking.wandb_run import WandbRun, _end_service
+from kimivl.tracking.wandb_run import WandbRun, end_service
 
 
 class Broken(tracking.History):
@@ -52,7 +52,7 @@ def test_a_client_of_wandb_that_has_died_leaves_the_next_job_of_the_process_a_ru
     loggers = [WandbRun(str(run), "kimivl", "g", "sft"), TensorBoardRun(str(run))]
     for logger in loggers:
         logger.log_metrics({"train/loss": 1.0}, 0)
-    _end_service()
+    end_service()
     with caplog.at_level(logging.WARNING):
         tracking.close(loggers, "failed")
     assert "WandbRun could not be closed" in caplog.text and "TensorBoardRun" not in caplog.text

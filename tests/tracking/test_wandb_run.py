@@ -12,7 +12,6 @@ import wandb
 
 from kimivl import tracking
 from kimivl.cli import main
-from kimivl.tracking import wandb_run
 from kimivl.tracking.wandb_run import WandbRun, has_key
 
 WHOLE = [(step, 1 / (step + 1)) for step in range(9)]
@@ -174,14 +173,6 @@ def test_a_server_that_fails_after_the_first_answer_stops_nothing(tmp_path, serv
     assert sent.curve("train/loss") == WHOLE and sent.config["seed"]["value"] == 1
 
 
-def test_a_sync_whose_server_goes_ends(tmp_path, server, monkeypatch, capsys):
-    monkeypatch.setattr(wandb_run, "SYNC_TIMEOUT", 6.0)
-    process(tmp_path, 0, 2)
-    fail_after_the_first_answer(server, monkeypatch)
-    assert main(["sync", str(tmp_path)]) == 2
-    assert "try again later" in capsys.readouterr().err
-
-
 def test_what_was_written_offline_needs_the_folder_of_the_run_alone(tmp_path, server, monkeypatch, picture):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
@@ -295,11 +286,3 @@ def test_a_mode_that_there_is_not_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(ValueError, match="WANDB_MODE=ofline: set it to one of online, offline"):
         begin(tmp_path)
-
-
-def test_sync_says_what_it_needs(tmp_path, monkeypatch, capsys):
-    assert main(["sync", str(tmp_path)]) == 2 and "no run.json" in capsys.readouterr().err
-    tracking.write_run(tmp_path, "finished", {})
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert main(["sync", str(tmp_path)]) == 2 and "wandb login" in capsys.readouterr().err
