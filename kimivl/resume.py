@@ -17,40 +17,12 @@ from kimivl import tracking
 from kimivl.checkpoint import LAST, remove, resume_path
 from kimivl.checkpoint_folder import REST, read_rest
 from kimivl.config import AUDIT, METRICS_FILE
+from kimivl.sweep.points import MAY_DIFFER
 
 log = logging.getLogger(__name__)
 
-_MAY_DIFFER = {
-    "ckpt_path",
-    "callbacks",
-    "logger",
-    # What runs out of memory, or lacks a kernel on another machine, goes on with others: equal up to rounding.
-    "activation_checkpointing",
-    "module.activation_checkpointing",
-    "kernels",
-    "module.kernels",
-    "test",
-    "data.num_workers",
-    "data.max_dropped",
-    "data.cache",
-    "data.cache_gb",
-    # The packs of a step may be dealt to other ranks; the datamodules check that they are the same packs.
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.accumulate_grad_batches",
-    "trainer.log_every_n_steps",
-    "trainer.check_val_every_n_epoch",
-}
-_SERVICES = {
-    "rollout": "max_rows prefill_tokens kv_cache_gb enforce_eager sleep url in_flight timeout retries backoff sync_dir "
-    "sync_timeout",
-    "reward": "workers timeout memory_gb",
-}
-"""Where and with what means responses are drawn and judged, not which or how."""
-_MAY_DIFFER |= {
-    f"{owner}{group}.{key}" for group, keys in _SERVICES.items() for key in keys.split() for owner in ("", "module.")
-}
+# The packs of a step may be dealt to other ranks; the datamodules check that they are the same packs.
+_MAY_DIFFER = MAY_DIFFER | {"ckpt_path", "trainer.accumulate_grad_batches"}
 """Keys that a run may change when it goes on from its own checkpoint."""
 _OF_A_FOLDER = ("paths.", "name", "module.", "init_from")
 """Of the settings in which a run differs from one in another folder: what is no news, or is said under another key."""

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
 from kimivl.history import read_history
 from kimivl.runtime.lock import LOCK_FILE, is_alive
 from kimivl.sweep.command import MULTIRUN_FILE, command_of
-from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_name, matters, read_json, read_overrides
+from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_name, key_of, matters, read_json, read_overrides
 from kimivl.sweep.study import begun_trials
 
 Status = Literal["finished", "diverged", "failed", "killed", "interrupted", "running", "missing"]
@@ -102,8 +103,10 @@ def read_sweep(folder: Path, metric: str | None = None, direction: Literal["max"
     begun = [_job(run, name) for run in runs]
     settings = (asked.get("hydra") or {}).get("sweeper") or {}
     search = "n_trials" in settings
-    points, notes = ([], []) if search else _points(asked)
-    varied = _varied([job.values for job in begun], points)
+    overrides = _overrides(asked)
+    points, notes = ([], []) if search else _points(overrides)
+    swept = [key_of(one.get_key_element()) for one in overrides if one.is_sweep_override()]
+    varied = _varied([*(job.values for job in begun), *points], swept)
     missing = [point for point in points if not any(_same(point, job.values, [*varied, SEED]) for job in begun)]
     varied = [key for key in varied if key != SEED]
     jobs, repeated = _once(begun, varied)
@@ -227,30 +230,30 @@ def _silence(folder: Path) -> str:
     return f", silent for {silent / 60:,.0f} min" if silent > _SILENT else ""
 
 
-def _points(asked: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
-    """All points of a grid, each with all its overrides; without them a sentence on why they are not known."""
+def _overrides(asked: Mapping[str, Any]) -> list[Override]:
+    """What the sweep was told of its jobs: by its file, and by what was typed."""
     hydra = asked.get("hydra") or {}
     params = [f"{key}={value}" for key, value in (hydra.get("sweeper", {}).get("params") or {}).items()]
     task = (hydra.get("overrides") or {}).get("task") or []
-    if not [*params, *task]:
+    return OverridesParser.create().parse_overrides([*params, *task])
+
+
+def _points(overrides: list[Override]) -> tuple[list[dict[str, str]], list[str]]:
+    """All points of a grid, each with all its overrides; without them a sentence on why they are not known."""
+    if not overrides:
         return [], []
-    parsed = OverridesParser.create().parse_overrides([*params, *task])
     try:
-        batches = BasicSweeper.split_arguments(parsed, None)
+        batches = BasicSweeper.split_arguments(overrides, None)
     except HydraException:  # glob(...) stands for files of conf/, which may have changed since
         return [], ["what is missing is not known: a key was swept over glob(...)"]
     return [by_key(point) for batch in batches for point in batch], []
 
 
-def _varied(jobs: Sequence[Mapping[str, str]], points: Sequence[Mapping[str, str]]) -> list[str]:
-    """The keys that tell the points apart: of those that make no other point only what the grid itself varies."""
-
-    def differing(among: Sequence[Mapping[str, str]]) -> list[str]:
-        keys = dict.fromkeys(key for point in among for key in point)
-        return [key for key in keys if len({point.get(key) for point in among}) > 1]
-
-    swept = differing(points)
-    return [key for key in differing([*jobs, *points]) if matters(key) or key in swept]
+def _varied(points: Sequence[Mapping[str, str]], swept: Sequence[str]) -> list[str]:
+    """The keys that tell the points apart: of those that make no other point only what the sweep itself varies."""
+    keys = dict.fromkeys(key for point in points for key in point)
+    differing = [key for key in keys if len({point.get(key) for point in points}) > 1]
+    return [key for key in differing if matters(key) or key in swept]
 
 
 def _same(one: Mapping[str, str], other: Mapping[str, str], keys: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,36 @@ OVERRIDES_FILE = Path(".hydra") / "overrides.yaml"
 """In the folder of a run: what Hydra was told for it."""
 
 _LONGEST = 120
-_MAY_DIFFER = ("logger", "callbacks", "trainer.devices", "trainer.num_nodes", "data.num_workers")
-"""Keys, with what lies below them, that make no other point."""
+MAY_DIFFER = {
+    "callbacks",
+    "logger",
+    # What runs out of memory, or lacks a kernel on another machine, goes on with others: equal up to rounding.
+    "activation_checkpointing",
+    "module.activation_checkpointing",
+    "kernels",
+    "module.kernels",
+    "test",
+    "data.num_workers",
+    "data.max_dropped",
+    "data.cache",
+    "data.cache_gb",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "strategy",  # the group, which sets trainer.strategy
+    "trainer.log_every_n_steps",
+    "trainer.check_val_every_n_epoch",
+}
+_SERVICES = {
+    "rollout": "max_rows prefill_tokens kv_cache_gb enforce_eager sleep url in_flight timeout retries backoff sync_dir "
+    "sync_timeout",
+    "reward": "workers timeout memory_gb",
+}
+"""Where and with what means responses are drawn and judged, not which or how."""
+MAY_DIFFER |= {
+    f"{owner}{group}.{key}" for group, keys in _SERVICES.items() for key in keys.split() for owner in ("", "module.")
+}
+"""Keys, with what lies below them, that make no other run and no other point."""
 
 
 def key_of(override: str) -> str:
@@ -33,13 +61,24 @@ def key_of(override: str) -> str:
 
 
 def value_of(override: str) -> str:
+    """``weight=0.2`` -> ``0.2``; ``1.0`` is the point ``1``."""
+    return re.sub(r"^(-?\d+)\.0$", r"\1", _typed(override), flags=re.ASCII)
+
+
+def _typed(override: str) -> str:
     return override.partition("=")[2]
 
 
-def folder_name(overrides: Iterable[str], fixed: Iterable[str] = ()) -> str:
+def folder_of(sweep: Path, overrides: Sequence[str], fixed: Sequence[str] = ()) -> Path:
+    """The folder of a point, there or not. One that was named by a number as it was typed keeps its name."""
+    typed = sweep / folder_name(overrides, fixed, _typed)
+    return typed if typed.is_dir() else sweep / folder_name(overrides, fixed)
+
+
+def folder_name(overrides: Iterable[str], fixed: Iterable[str] = (), value: Callable[[str], str] = value_of) -> str:
     """The folder of a point: ``["stage=rl", "weight=0.2", "seed=1"]`` with ``stage`` fixed -> ``seed-1_weight-0.2``."""
     without = set(fixed)
-    varied = sorted(f"{key_of(one)}-{value_of(one)}" for one in overrides if key_of(one) not in without)
+    varied = sorted(f"{key_of(one)}-{value(one)}" for one in overrides if key_of(one) not in without)
     exact = "_".join(varied) or "0"
     name = re.sub(r"[^\w.+-]+", "-", exact, flags=re.ASCII).strip("-")[:_LONGEST]
     return name if name == exact else f"{name}-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
@@ -96,7 +135,7 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
 
 def matters(key: str) -> bool:
     """Whether another value of ``key`` is another point."""
-    return not any(key == other or key.startswith(f"{other}.") for other in _MAY_DIFFER)
+    return not any(key == other or key.startswith(f"{other}.") for other in MAY_DIFFER)
 
 
 def spell(overrides: Mapping[str, Any], key: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kimivl.sweep.points import finished_metric, folder_name, has_diverged, note_failure
+from kimivl.sweep.points import finished_metric, folder_name, folder_of, has_diverged, note_failure
 
 
 def write_run(folder, overrides, status="finished", **metrics):
@@ -41,15 +41,27 @@ def test_what_has_finished_is_known_with_its_metric(tmp_path):
     assert finished_metric(tmp_path / "none", overrides) == (False, None)
     write_run(tmp_path / "done", overrides, **{"val/accuracy": 0.5})
     assert finished_metric(tmp_path / "done", overrides) == (True, 0.5)
-    assert finished_metric(tmp_path / "done", [*overrides, "logger=none", "callbacks.samples=null"]) == (True, 0.5)
+    other = ["logger=none", "callbacks.samples=null", "activation_checkpointing=full", "data.max_dropped=0.1"]
+    other += ["test=false", "kernels=auto", "strategy=fsdp", "rollout.max_rows=8"]
+    assert finished_metric(tmp_path / "done", [*overrides, *other]) == (True, 0.5)
     write_run(tmp_path / "stopped", overrides, status="interrupted", **{"val/accuracy": 0.5})
     assert finished_metric(tmp_path / "stopped", overrides) == (False, None)
 
 
-def test_a_finished_run_of_another_sweep_is_not_taken_for_this_one(tmp_path):
-    write_run(tmp_path / "seed-1", ["optimizer.weight_decay=0.1", "seed=1"], **{"val/accuracy": 0.5})
-    with pytest.raises(ValueError, match="optimizer.weight_decay=0.1, and this sweep has no optimizer.weight_decay: "):
+@pytest.mark.parametrize("key", ["optimizer.weight_decay", "trainer.accumulate_grad_batches", "ckpt_path"])
+def test_a_finished_run_of_another_sweep_is_not_taken_for_this_one(tmp_path, key):
+    write_run(tmp_path / "seed-1", [f"{key}=2", "seed=1"], **{"val/accuracy": 0.5})
+    with pytest.raises(ValueError, match=f"{key}=2, and this sweep has no {key}: "):
         finished_metric(tmp_path / "seed-1", ["seed=1"])
+
+
+def test_a_number_is_one_point_however_it_is_typed(tmp_path):
+    assert folder_name(["lr=1.0"]) == folder_name(["lr=1"]) == "lr-1"
+    assert len({folder_name([f"lr={value}"]) for value in ("1", "10.0", "1.05", "'1.0'", "v1.0", "1.0.0")}) == 6
+    write_run(tmp_path / "lr-3", ["lr=3", "decay=1.0"], **{"val/accuracy": 0.5})
+    assert finished_metric(folder_of(tmp_path, ["lr=3.0", "decay=1"], ["decay"]), ["lr=3.0", "decay=1"]) == (True, 0.5)
+    (tmp_path / "lr-1.0").mkdir()  # from a time when this was another
+    assert folder_of(tmp_path, ["lr=1.0"]) == tmp_path / "lr-1.0"
 
 
 def test_a_failure_is_written_down_where_the_run_could_not(tmp_path):

@@ -230,11 +230,17 @@ def test_each_point_and_seed_counts_once(tmp_path, capsys):
     assert {job.seed: job.metric for job in fold(read_sweep(folder.path))[0].jobs} == {"1": 0.9, "2": 0.02, "3": 0.03}
 
 
-def test_what_the_grid_varies_tells_points_apart_even_where_it_makes_no_other_point(tmp_path):
-    folder = Folder(tmp_path / "grid", {"callbacks": ["none", "default"], "seed": ["1", "2"]}, lambda _, seed: 0.5)
+@pytest.mark.parametrize(
+    ("space", "missing", "more"),
+    [("none,default", ["default"], {}), ("glob(*)", [], {}), ("choice(none,default)", [], {"n_trials": 3})],
+)
+def test_what_a_sweep_varies_tells_points_apart_even_where_it_makes_no_other_point(tmp_path, space, missing, more):
+    sweeper = {"params": {"callbacks": space, "seed": "1,2"}} | more
+    params = {"callbacks": ["none", "default"], "seed": ["1", "2"]}
+    folder = Folder(tmp_path / "grid", params, lambda _, seed: 0.5, sweeper)
     folder.run_all(but=[3])
     sweep = read_sweep(folder.path)
-    assert sweep.varied == ["callbacks"] and sweep.missing[0]["callbacks"] == "default"
+    assert sweep.varied == ["callbacks"] and [point["callbacks"] for point in sweep.missing] == missing
     assert [len(point.metrics) for point in fold(sweep)] == [1, 2]
 
 
