@@ -16,7 +16,9 @@ def sweep(root: Path, *overrides: str, **events: str) -> subprocess.CompletedPro
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     own = {"QUADRATIC": json.dumps(named), "LAUNCHED": str(root / "launched"), "PYTHONPATH": path, "COLUMNS": "200"}
     (root / "launched").write_text("")
-    command = [sys.executable, str(SCRIPT), "-m", "stage=sft", f"paths.root={root}", *overrides]
+    typed = ["stage=sft", f"paths.root={root}", *overrides]
+    typed.sort(key=lambda word: not word.startswith("--"))  # no option may stand between overrides
+    command = [sys.executable, str(SCRIPT), "-m", *typed]
     return subprocess.run(command, cwd=root, env=os.environ | own, capture_output=True, text=True, timeout=120)
 
 

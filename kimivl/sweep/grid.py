@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kimivl.sweep.command import begin, command_of
 from kimivl.sweep.launching import PointLauncher, check_ranks, reason_of
-from kimivl.sweep.points import folder_name
 
 
 def run_grid(sweeper: Any, overrides: list[str]) -> list[list[JobReturn]]:
@@ -28,7 +28,8 @@ def run_grid(sweeper: Any, overrides: list[str]) -> list[list[JobReturn]]:
     Raises:
         CompactHydraException: after all points, naming those that failed.
     """
-    parsed = last_of_each_key(OverridesParser.create().parse_overrides(overrides))
+    parser = OverridesParser.create(sweeper.hydra_context.config_loader)  # which knows what glob(*) stands for
+    parsed = last_of_each_key(parser.parse_overrides(overrides))
     fixed = fixed_keys(parsed)
     check_ranks(sweeper.launcher, sweeper.config, [one.get_key_element() for one in parsed if one.is_sweep_override()])
     batches = sweeper.split_arguments(parsed, sweeper.max_batch_size)
@@ -45,7 +46,7 @@ def run_grid(sweeper: Any, overrides: list[str]) -> list[list[JobReturn]]:
         for batch in batches:
             results.append(launcher.launch(batch, initial_job_idx=sum(map(len, results))))
     failed = [
-        f"  {folder_name(point, fixed)}: {reason_of(result)}"
+        f"  {launcher.folder_of(point).name}: {reason_of(result)}"
         for batch, done in zip(batches, results, strict=True)
         for point, result in zip(batch, done, strict=True)
         if result.status == JobStatus.FAILED
@@ -53,9 +54,13 @@ def run_grid(sweeper: Any, overrides: list[str]) -> list[list[JobReturn]]:
     if failed:
         jobs = sum(map(len, batches))
         said = f"error: {len(failed)} of {jobs} jobs have not finished" + (", the others have" * (len(failed) < jobs))
-        raise CompactHydraException("\n".join([f"\n{said}:", *failed, f"the table: kimivl sweep {folder}"]))
-    print(f"\nthe table: kimivl sweep {folder}")
+        raise CompactHydraException("\n".join([f"\n{said}:", *failed, table_of(folder)]))
+    print(f"\n{table_of(folder)}")
     return results
+
+
+def table_of(folder: Path) -> str:
+    return f"the table: kimivl sweep {shlex.quote(str(folder))}"
 
 
 def last_of_each_key(overrides: Sequence[Override]) -> list[Override]:
@@ -73,9 +78,6 @@ def stopped_by_hand(config: DictConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        typed = config.hydra.overrides
-        print(
-            f"\nthe sweep goes on with: {command_of(config.hydra.job.name, typed.task, typed.hydra, folder)}",
-            file=sys.stderr,
-        )
+        asked: dict[str, Any] = OmegaConf.to_container(config.hydra)  # type: ignore[assignment]
+        print(f"\nthe sweep goes on with: {command_of(asked, folder)}", file=sys.stderr)
         sys.exit(stop.code if isinstance(stop, SystemExit) else 130)

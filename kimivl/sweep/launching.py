@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from kimivl.config import RUN_FILE
 from kimivl.runtime.launch import check_launch
 from kimivl.runtime.lock import is_alive
-from kimivl.sweep.points import finished_metric, folder_name, has_diverged, note_failure, read_json
+from kimivl.sweep.command import quoted
+from kimivl.sweep.points import finished_metric, folder_of, has_diverged, note_failure, read_json
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class PointLauncher:
             )
 
     def folder_of(self, overrides: Sequence[str]) -> Path:
-        return self.folder / folder_name(overrides, self.fixed)
+        return folder_of(self.folder, overrides, self.fixed)
 
     def check(self, job_overrides: Sequence[Sequence[str]]) -> None:
         """Refuse a folder that holds another sweep.
@@ -72,10 +73,12 @@ class PointLauncher:
         # One after the other in this process: each failure is said, and its memory freed, before the next job begins.
         size = 1 if isinstance(self.launcher, BasicLauncher) else max(len(missing), 1)
         self.launcher.asked = len(job_overrides)  # for those that share this machine out
+        place = f"hydra.sweep.dir={quoted(str(self.folder))}"  # by its own stage or name a job would find another
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             todo = [
-                [*job_overrides[one], f"hydra.sweep.subdir={self.folder_of(job_overrides[one]).name}"] for one in batch
+                [*job_overrides[one], place, f"hydra.sweep.subdir={self.folder_of(job_overrides[one]).name}"]
+                for one in batch
             ]
             for number, result in zip(batch, self.launcher.launch(todo, initial_job_idx + start), strict=True):
                 results[number] = result

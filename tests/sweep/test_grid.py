@@ -30,7 +30,10 @@ def test_a_grid_with_failures_runs_to_its_end_and_is_filled_by_the_same_command(
         "data.lr_scale-3_seed-2": ("finished", ""),
     }
 
-    again = sweep(tmp_path, *GRID, "logger=none", "seed=1,2,3", lr_3__3="stop")
+    (tmp_path / "own" / "logger").mkdir(parents=True)
+    (tmp_path / "own" / "logger" / "mine.yaml").write_text("csv: null")
+    own = [f"--config-dir={tmp_path}/own", "logger=mine"]
+    again = sweep(tmp_path, *own, *GRID, "seed=1,2,3", lr_3__3="stop")
     assert again.returncode == 130
     assert launched(tmp_path) == [
         "data.lr_scale-1_seed-1",
@@ -40,10 +43,28 @@ def test_a_grid_with_failures_runs_to_its_end_and_is_filled_by_the_same_command(
     ]
     assert "stopped: saved after step 3" in again.stderr
     [told] = [line for line in again.stderr.splitlines() if line.startswith("the sweep goes on with: ")]
-    typed = shlex.split(told.removeprefix("the sweep goes on with: python quadratic.py -m stage=sft "))
-    assert sweep(tmp_path, *typed[1:]).returncode == 1  # what diverged stays as it is
+    typed = shlex.split(told.removeprefix("the sweep goes on with: python quadratic.py -m "))
+    added = [word for word in typed if not word.startswith(("stage=", "paths.root="))]
+    assert sweep(tmp_path, *added).returncode == 1  # what diverged stays as it is
     assert launched(tmp_path) == ["data.lr_scale-3_seed-3"]
     assert read_sweep(folder).counts == {"finished": 5, "diverged": 1}
+
+
+def test_all_jobs_lie_in_the_folder_of_their_sweep_whatever_varies(tmp_path):
+    root = tmp_path / "my models"
+    root.mkdir()
+    typed = ["sweep=lr_grid", "data.lr_scale=1", "seed=1", "stage=sft,long_cot", "name=a,b"]
+    done = sweep(root, *typed, "hydra.sweeper.max_batch_size=2")
+    assert done.returncode == 0, done.stderr
+    folder = root / "digits" / "sweeps" / "sft-lr_grid"
+    assert {run.parent.parent for run in root.rglob("run.json")} == {folder} and len(launched(root)) == 4
+    assert shlex.split(done.stdout.splitlines()[-1])[-1] == str(folder)
+    assert sweep(root, *typed).returncode == 0 and launched(root) == []
+
+
+def test_a_grid_over_all_files_of_a_group(tmp_path):
+    assert sweep(tmp_path, "strategy=glob(*)").returncode == 0
+    assert launched(tmp_path) == ["strategy-auto", "strategy-fsdp"]
 
 
 def test_a_folder_of_another_sweep_is_left_as_it_is(tmp_path):

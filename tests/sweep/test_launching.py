@@ -50,11 +50,12 @@ def test_what_has_finished_is_not_launched_and_keeps_its_place(tmp_path):
     inner, launcher = points(tmp_path, {"seed=1": 0.1, "seed=3": 0.3})
     results = launcher.launch([[f"seed={seed}", "stage=rl"] for seed in (1, 2, 3)], initial_job_idx=0)
     assert [result.return_value for result in results] == [0.1, 0.2, 0.3]
+    place = f"hydra.sweep.dir={tmp_path}"
     assert inner.asked == 3  # so that the two have as many threads as they would have had beside the third
     assert inner.batches == [
         [
-            ["seed=1", "stage=rl", "hydra.sweep.subdir=seed-1"],
-            ["seed=3", "stage=rl", "hydra.sweep.subdir=seed-3"],
+            ["seed=1", "stage=rl", place, "hydra.sweep.subdir=seed-1"],
+            ["seed=3", "stage=rl", place, "hydra.sweep.subdir=seed-3"],
         ]
     ]
 
