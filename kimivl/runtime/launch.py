@@ -91,19 +91,23 @@ def check_launch(trainer: Mapping[str, Any], multirun: bool) -> Place:
         ValueError: with what works instead.
     """
     place = find_place()
-    gpus = _visible_gpus(trainer.get("accelerator"), place)
+    accelerator = trainer.get("accelerator")
+    if place.world_size == 1 and (lack := _lack_of_gpus(accelerator, place)):  # several look when they meet
+        raise ValueError(lack)
+    with _said_by_the_first(place, ValueError):
+        _check_asked(place, trainer, _visible_gpus(accelerator), multirun)
+    return place
+
+
+@contextmanager
+def _said_by_the_first(place: Place, error: type[ValueError]) -> Iterator[None]:
+    """Rank 0 says for all what all ranks fail of. The tasks of submitit have a log each."""
     try:
-        _check_asked(place, trainer, gpus, multirun)
-    except ValueError:
-        if place.rank and place.launcher != "submitit":  # whose tasks have a log each; elsewhere rank 0 says it for all
+        yield
+    except error:
+        if place.rank and place.launcher != "submitit":
             raise SystemExit(0) from None  # another code might have rank 0 ended before it speaks
         raise
-    if gpus is not None and place.local_rank >= gpus:
-        raise ValueError(
-            f"rank {place.rank} is number {place.local_rank} of its node but sees {gpus} GPUs: every task must see "
-            "all GPUs of its node; under SLURM ask for them with --gpus-per-node, not --gpus-per-task"
-        )
-    return place
 
 
 def _check_asked(place: Place, trainer: Mapping[str, Any], gpus: int | None, multirun: bool) -> None:
@@ -157,17 +161,28 @@ def count_devices(devices: Any, gpus: int | None, place: Place, multirun: bool) 
     raise ValueError(f"trainer.devices={devices} must be a whole number of at least 1, or auto")
 
 
-def _visible_gpus(accelerator: Any, place: Place) -> int | None:
-    """GPUs that a run on ``accelerator`` can use here; None where it uses none. The nodes of a run may differ in it."""
+def _visible_gpus(accelerator: Any) -> int | None:
+    """GPUs that a run on ``accelerator`` can use here; None where it uses none."""
     if accelerator == "cpu":
         return None
     import torch  # the launcher of a sweep imports this file, and needs no torch
 
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    if accelerator in ("gpu", "cuda"):
+    return 0 if accelerator in ("gpu", "cuda") else None
+
+
+def _lack_of_gpus(accelerator: Any, place: Place) -> str | None:
+    """Why there is no GPU for this rank, where it is to have one. The nodes of a run may differ in it."""
+    gpus = _visible_gpus(accelerator)
+    if gpus == 0:
         here = "here" if place.world_size == 1 else f"for rank {place.rank} on {gethostname()}"
-        raise ValueError(f"trainer.accelerator={accelerator}: torch finds no CUDA device {here}; use trainer=cpu")
+        return f"trainer.accelerator={accelerator}: torch finds no CUDA device {here}; use trainer=cpu"
+    if gpus is not None and place.local_rank >= gpus:
+        return (
+            f"rank {place.rank} is number {place.local_rank} of its node but sees {gpus} GPUs: every task must see "
+            "all GPUs of its node; under SLURM ask for them with --gpus-per-node, not --gpus-per-task"
+        )
     return None
 
 
@@ -227,6 +242,9 @@ def joined(place: Place, accelerator: Any, timeout: timedelta) -> Iterator[None]
     """The process group of the run, under torch's own variables, whoever started the ranks. One rank needs none.
 
     Objects always go over gloo, on the CPU; tensors over the backend of their device.
+
+    Raises:
+        ValueError: with who has not come, or cannot take part.
     """
     if place.world_size == 1:
         yield
@@ -234,15 +252,21 @@ def joined(place: Place, accelerator: Any, timeout: timedelta) -> Iterator[None]
     import torch
     import torch.distributed as dist
 
+    from kimivl.runtime.meeting import meet
+    from kimivl.runtime.ranks import PeerFailed
+
     variables = _torch_variables(place)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    backend = "gloo"
-    if accelerator != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout, **_rendezvous(place, timeout))
     try:
+        with _said_by_the_first(place, PeerFailed):
+            store = meet(place.rank, place.world_size, _lack_of_gpus(accelerator, place))
+        store.set_timeout(timeout)
+        backend = "gloo"
+        if accelerator != "cpu" and torch.cuda.is_available():
+            torch.cuda.set_device(place.local_rank)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.world_size)
         yield
         dist.destroy_process_group()
         # What the run leaves behind in cycles keeps gloo's threads alive; one of them that lets go of a tensor while
@@ -278,18 +302,6 @@ def _abandon(seconds: int) -> None:
     thread.join(10)
 
 
-def _rendezvous(place: Place, timeout: timedelta) -> dict[str, Any]:
-    """Where the ranks meet: at the socket that ``spawn`` holds for them, or where torch's variables say."""
-    if (socket := os.environ.get("KIMIVL_STORE")) is None:
-        return {}
-    from torch.distributed import TCPStore
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    held: dict[str, Any] = {"is_master": True, "master_listen_fd": int(socket)} if socket else {}
-    store = TCPStore(address, port, place.world_size, timeout=timeout, **held)
-    return {"store": store, "rank": place.rank, "world_size": place.world_size}
-
-
 def _torch_variables(place: Place) -> dict[str, str]:
     own = {
         "RANK": place.rank,
@@ -299,15 +311,15 @@ def _torch_variables(place: Place) -> dict[str, str]:
         "GROUP_RANK": place.node,
     }
     variables = {name: str(value) for name, value in own.items()}
-    if place.launcher == "torchrun" or "MASTER_PORT" in os.environ:
+    if place.launcher == "torchrun":
         return {"MASTER_ADDR": "127.0.0.1", **_given("MASTER_ADDR"), **variables}
     if place.launcher == "submitit" and os.environ.get("SUBMITIT_EXECUTOR") == "local":
         job = re.sub(r"\D", "", os.environ["SUBMITIT_LOCAL_JOB_ID"])
-        return variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(int(job or 0))}
+        return variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(int(job or 0)), **_given("MASTER_PORT")}
     number = _port(int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ["SLURM_STEP_ID"]))
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
     host = "127.0.0.1" if place.nodes == 1 else _first_host(nodes)
-    return variables | {"MASTER_ADDR": host, **_given("MASTER_ADDR"), "MASTER_PORT": number}
+    return variables | {"MASTER_ADDR": host, "MASTER_PORT": number, **_given("MASTER_ADDR"), **_given("MASTER_PORT")}
 
 
 def _given(name: str) -> dict[str, str]:
