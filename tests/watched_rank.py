@@ -1,8 +1,9 @@
 """One rank of a run that does nothing but wait for the others, under a watch whose clock is fast.
 
-Rank 1 does ``what``: ``kill``, ``raise``, ``hang``, ``quiet`` (something long that may be); or all ``stop``, when asked
-to. ``first-kill`` and the like: rank 0 does it. The others wait for it in a collective, or (``-deaf``) in something
-that never says that a rank is gone, as NCCL does.
+Rank 1 does ``what``: ``kill``, ``raise``, ``hang``, ``quiet`` (something long that may be), ``freeze`` (as a machine
+without its network: it does not answer, nor do connections end), ``leave`` on a signal of its own; or all ``stop``,
+when asked to. ``first-kill`` and the like: rank 0 does it. The others wait for it in a collective, or (``-deaf``) in
+something that never says that a rank is gone, as NCCL does.
 """
 
 import os
@@ -23,6 +24,9 @@ def main(folder: str, rank: int, ranks: int, port: int, what: str) -> None:
         os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT), number)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     watch.BEAT, watch.GRACE, heartbeats.GONE_AFTER, heartbeats.LOST_AFTER = 0.2, 1.5, 1.0, 4.0
+    heartbeats.STOPPED_AFTER = 3.0
+    if "freeze" in what:
+        heartbeats.FROZEN_AFTER = 3.0
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     with watch.Watch(Path(folder)) as watched:
         watched.on_end = lambda text: print("END", text, flush=True)
@@ -38,13 +42,16 @@ def main(folder: str, rank: int, ranks: int, port: int, what: str) -> None:
 
 
 def act(watched: watch.Watch, what: str, mine: bool, deaf: bool) -> None:
-    watched.mark(3.0, "the last step")
-    if what == "stop":
+    watched.mark(3.0 if what == "hang" else 20.0, "the last step", "step_minutes")
+    if what == "stop" or (what == "leave" and mine):
         raise Interrupted("saved after step 3")
     if mine:
         if what == "kill":
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "freeze":
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGSTOP)
         if what == "raise":
             raise RuntimeError("the camera is broken")
         if what == "hang":

@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kimivl.runtime.watch import Watch
 
+STEP, GENERATION = "step_minutes", "generation_minutes"
+
 
 class Watchdog(Callback):
     """Signs of progress for ``kimivl.runtime.watch``: batches, validation batches, responses. What comes before the
@@ -21,62 +23,62 @@ class Watchdog(Callback):
     """
 
     def __init__(self, step_minutes: float | None = 30.0, generation_minutes: float | None = 240.0) -> None:
-        for key, value in (("step_minutes", step_minutes), ("generation_minutes", generation_minutes)):
+        for key, value in ((STEP, step_minutes), (GENERATION, generation_minutes)):
             if value is not None and value <= 0:
                 raise ValueError(f"callbacks.watchdog.{key}={value}: give minutes above 0, or null for no limit")
-        self.step = None if step_minutes is None else 60 * step_minutes
-        self.generation = None if generation_minutes is None else 60 * generation_minutes
+        self.minutes = {STEP: step_minutes, GENERATION: generation_minutes}
         self.watch: Watch | None = None
 
-    def _mark(self, limit: float | None, doing: str | None = None) -> None:
+    def _mark(self, key: str, doing: str) -> None:
         if self.watch is not None:
-            self.watch.mark(limit, doing)
+            minutes = self.minutes[key]
+            self.watch.mark(None if minutes is None else 60 * minutes, doing, key)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._mark(self.generation, "setting up")  # the datamodule has its index by now
+        self._mark(GENERATION, "setting up")  # the datamodule has its index by now
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._mark(self.step, f"training, step {trainer.global_step + 1}, on {describe(batch)}")
+        self._mark(STEP, f"training, step {trainer.global_step + 1}, on {describe(batch)}")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self._mark(self.step, "waiting for data")
+        self._mark(STEP, "waiting for data")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(self.generation, "preparing an epoch")
+        self._mark(GENERATION, "preparing an epoch")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(self.generation, "ending")
+        self._mark(GENERATION, "ending")
 
     def on_save_checkpoint(self, *args: Any) -> None:
-        self._mark(self.generation, "saving a checkpoint")
+        self._mark(GENERATION, "saving a checkpoint")
 
     def on_rollouts_start(self) -> None:
-        self._mark(self.generation, "drawing responses")
+        self._mark(GENERATION, "drawing responses")
 
     def rollouts(self, done: int, total: int) -> None:
         """Called by the RL datamodule, with the responses that are there and those that it has asked for."""
-        self._mark(self.generation, f"drawing responses ({done} of {total} are there)")
+        self._mark(GENERATION, f"drawing responses ({done} of {total} are there)")
 
     def on_rollouts_end(self) -> None:
-        self._mark(self.generation, "preparing an epoch")
+        self._mark(GENERATION, "preparing an epoch")
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._mark(self.generation, "validating")
+        self._mark(GENERATION, "validating")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._mark(self.generation, "validating")
+        self._mark(GENERATION, "validating")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(self.generation, "after a validation")
+        self._mark(GENERATION, "after a validation")
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._mark(self.generation, "testing")
+        self._mark(GENERATION, "testing")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._mark(self.generation, "testing")
+        self._mark(GENERATION, "testing")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(self.generation, "ending")
+        self._mark(GENERATION, "ending")
 
 
 def describe(batch: Any) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import socket
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
+from kimivl.runtime.meeting import connected
 
 GONE_AFTER = 9.0
 """Seconds without a beat after which a rank of this machine is gone, if its process is."""
@@ -17,6 +16,8 @@ LOST_AFTER = 40.0
 """Seconds without a beat after which a rank of another machine is gone."""
 FROZEN_AFTER = 1800.0
 """Seconds without a beat after which a process that is there, but lets no thread run, counts as gone too."""
+STOPPED_AFTER = 60.0
+"""Seconds after which one that was stopped counts as failed: the others should have stopped with it."""
 
 
 @dataclass
@@ -28,6 +29,8 @@ class State:
     pid: int = 0
     progress: int = 0
     limit: float | None = None
+    key: str = ""
+    """What sets that limit, under ``callbacks.watchdog``."""
     doing: str = "starting"
     ended: str | None = None
     """None while it runs, "done", or the sentence of what ended it."""
@@ -60,17 +63,26 @@ class Peer:
     def __init__(self, rank: int, now: float) -> None:
         self.rank, self.state = rank, State()
         self.seen = now
+        self.stopped = math.inf  # when that was first seen
+
+    def forgive(self, now: float) -> None:
+        """Count anew: this process could not look."""
+        self.seen, self.stopped = now, max(self.stopped, now)
 
     def update(self, state: State, now: float) -> bool:
         """Take in what it says; whether it has got on since."""
         got_on = (state.progress, state.limit) != (self.state.progress, self.state.limit)
         if state.beat != self.state.beat:
             self.seen = now
+        if state.stopped:
+            self.stopped = min(self.stopped, now)
         self.state = state
         return got_on
 
-    def failed(self) -> bool:
-        return self.state.ended not in (None, "done") and not self.state.stopped
+    def failed(self, now: float) -> bool:
+        if self.state.stopped:
+            return now - self.stopped > STOPPED_AFTER
+        return self.state.ended not in (None, "done")
 
     def gone(self, now: float) -> bool:
         """Whether it stopped without a word. One that never spoke is waited for: it may be starting."""
@@ -87,25 +99,23 @@ class Board:
     a rank that waits in the store keeps the group's."""
 
     def __init__(self, rank: int) -> None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        waits = timedelta(seconds=20)
-        self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=waits)
+        self._store = connected()
         self._rank = rank
         self._known: set[str] = set()
 
     def post(self, state: State) -> None:
-        self._store.set(f"kimivl/watch/{self._rank}", json.dumps(asdict(state)))
+        self._store.set(f"watch/{self._rank}", json.dumps(asdict(state)))
 
     def read(self, wanted: list[int]) -> dict[int, State]:
         """The states of those ranks that have left one."""
-        found = self._found([f"kimivl/watch/{rank}" for rank in wanted])
+        found = self._found([f"watch/{rank}" for rank in wanted])
         return {int(key.rpartition("/")[2]): State(**json.loads(value)) for key, value in found.items()}
 
     def post_verdict(self, verdict: Verdict) -> None:
-        self._store.set("kimivl/watch/verdict", json.dumps(asdict(verdict)))
+        self._store.set("watch/verdict", json.dumps(asdict(verdict)))
 
     def verdict(self) -> Verdict | None:
-        found = self._found(["kimivl/watch/verdict"])
+        found = self._found(["watch/verdict"])
         return Verdict(**json.loads(*found.values())) if found else None
 
     def _found(self, keys: list[str]) -> dict[str, str]:
@@ -120,10 +130,11 @@ def verdict_on(peer: Peer) -> Verdict:
     """That of a rank which failed or is gone."""
     state = peer.state
     if state.ended is not None:
-        return Verdict(peer.rank, f"rank {peer.rank}: {state.ended}")
+        return Verdict(peer.rank, f"rank {peer.rank}{' has stopped' * state.stopped}: {state.ended}")
+    silent = "" if state.host == socket.gethostname() else ", or its machine does not answer"
     return Verdict(
         peer.rank,
         f"rank {peer.rank} (pid {state.pid} on {state.host}) is gone without a word (last heard of {state.doing}): "
-        "killed from outside, or by the system for want of host memory (dmesg says it); the same command goes on from "
-        "the last checkpoint",
+        f"killed from outside, or by the system for want of host memory (dmesg says it){silent}; the same command goes "
+        "on from the last checkpoint",
     )

@@ -7,7 +7,8 @@ of N ranks costs N small messages a beat, and the ranks agree on what happened.
 
 - A rank fails: the others end with its sentence. Where the collective raises by itself (gloo), the sentence takes the
   place of "connection reset by peer"; where it does not (NCCL), the process is ended.
-- A rank is gone without a word (kill -9, out of host memory, a lost node): its beats stop.
+- A rank is gone without a word (kill -9, out of host memory, a lost node): its beats stop. When that is rank 0, the
+  store may not answer either, and who asks it waits for ever: a second thread looks when rank 0 was last heard of.
 - Nothing gets on: no rank made a sign of progress for longer than what it does may take (``mark``). The stacks of all
   threads of all ranks are written to ``<folder>/stacks/rank-N.txt``, and the run ends.
 """
@@ -60,17 +61,23 @@ class Watch:
         self._verdict: Verdict | None = None
         self._got_on = time.monotonic()
         self._left, self._judged, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        looks = (self._look, self._look_at_first) if self._world > 1 and self._rank else (self._look,)
+        self._threads = [threading.Thread(target=look, name="watch", daemon=True) for look in looks]
 
     # What the run says.
 
-    def mark(self, limit: float | None, doing: str | None = None) -> None:
+    def mark(self, limit: float | None, doing: str | None = None, key: str | None = None) -> None:
         """A sign of progress. The next one comes within ``limit`` seconds, or the run hangs; None: whenever.
 
         Args:
             doing: what the rank does from here on, for the sentence of a failure.
+            key: what sets the limit, under ``callbacks.watchdog``.
         """
-        self._state.limit, self._state.doing = limit, doing or self._state.doing
+        self._state.limit, self._state.doing, self._state.key = (
+            limit,
+            doing or self._state.doing,
+            key or self._state.key,
+        )
         self._state.progress += 1
 
     @property
@@ -86,11 +93,11 @@ class Watch:
             self._wait_for_verdict()
             if self._verdict is not None and self._verdict.rank != self._rank:
                 error = ranks.PeerFailed(self._verdict.text).with_traceback(error.__traceback__)
-        self._left.set()
         self._state.stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
         self._state.ended = "done" if error is None else str(error) or type(error).__name__
         if self._board is not None:
             self._try(self._beat)
+        self._left.set()  # not before: a store that does not answer keeps this thread
         return error
 
     def _wait_for_verdict(self) -> None:
@@ -104,7 +111,8 @@ class Watch:
         if self._world > 1:
             self._board = Board(self._rank)
             self._peers = {rank: Peer(rank, time.monotonic()) for rank in range(self._world) if rank != self._rank}
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -120,11 +128,12 @@ class Watch:
                 time.sleep(0.05)
                 self._try(self._read_peers)
         self._closed.set()
-        self._thread.join(2 * BEAT)
+        for thread in self._threads:
+            thread.join(2 * BEAT)
         if found is not error and found is not None:
             raise found from error
 
-    # What the thread does.
+    # What the threads do.
 
     def _look(self) -> None:
         before = time.monotonic()
@@ -141,6 +150,18 @@ class Watch:
                 self._end(self._verdict)
                 return
 
+    def _look_at_first(self) -> None:
+        """Without the store."""
+        before = time.monotonic()
+        while not self._closed.wait(BEAT):
+            now = time.monotonic()
+            if now - before > 5 * BEAT:
+                self._forgive(now)
+            before = now
+            if self._verdict is None and self._peers[0].gone(now):
+                self._verdict = verdict_on(self._peers[0])
+                self._end(self._verdict)
+
     def _try(self, act: Callable[[], None]) -> bool:
         """Talk to the store; whether it is still there."""
         try:
@@ -153,7 +174,7 @@ class Watch:
     def _forgive(self, now: float) -> None:
         self._got_on = now
         for peer in self._peers.values():
-            peer.seen = now
+            peer.forgive(now)
 
     def _beat(self) -> None:
         assert self._board is not None
@@ -162,9 +183,8 @@ class Watch:
         self._read_peers()
         if self._rank:
             self._verdict = self._verdict or self._board.verdict()
-            first = self._peers[0]
-            if self._verdict is None and (first.gone(time.monotonic()) or first.failed()):
-                self._verdict = verdict_on(first)
+            if self._verdict is None and self._peers[0].failed(time.monotonic()):
+                self._verdict = verdict_on(self._peers[0])
         elif self._state.ended not in (None, "done") and not self._state.stopped and self._verdict is None:
             self._board.post_verdict(Verdict(0, f"rank 0: {self._state.ended}"))
 
@@ -181,14 +201,15 @@ class Watch:
             self._state.beat += 1
         if self._state.progress != getattr(self, "_counted", None):
             self._counted, self._got_on = self._state.progress, now
-        failed = [peer for peer in self._peers.values() if peer.failed()]
+        failed = [peer for peer in self._peers.values() if peer.failed(now)]
         lost = failed or [peer for peer in self._peers.values() if peer.gone(now)]
-        limits = [self._state.limit, *(peer.state.limit for peer in self._peers.values())]
-        known = [limit for limit in limits if limit is not None]
+        limits = [(state.limit, state.key) for state in (self._state, *(peer.state for peer in self._peers.values()))]
+        known = [(limit, key) for limit, key in limits if limit is not None]
         if lost:
             self._verdict = verdict_on(lost[0])
-        elif len(known) == len(limits) and now - self._got_on > max(known):
-            self._verdict = Verdict(None, f"nothing got on for {_span(now - self._got_on)}")
+        elif len(known) == len(limits) and (silent := now - self._got_on) > max(known)[0]:
+            text = f"nothing got on for {_span(silent)}, longer than callbacks.watchdog.{max(known)[1]} allows"
+            self._verdict = Verdict(None, text)
         if self._verdict is not None and self._board is not None:
             self._board.post_verdict(self._verdict)
 
@@ -247,7 +268,7 @@ class Watch:
         stands = "; ".join(f"rank {rank}: {where}" for rank, where in sorted(places.items())[:8])
         return (
             f"{verdict.text}: {stands}. The stacks of all threads are in {self.folder / STACKS}; the same command goes "
-            "on from the last checkpoint (callbacks.watchdog.step_minutes says how long a step may take)"
+            "on from the last checkpoint"
         )
 
 

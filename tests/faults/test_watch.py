@@ -14,7 +14,7 @@ import pytest
 import watched_rank
 from fork_server import SERVER
 
-from kimivl.runtime.heartbeats import FROZEN_AFTER, GONE_AFTER, LOST_AFTER, Peer, State
+from kimivl.runtime.heartbeats import FROZEN_AFTER, GONE_AFTER, LOST_AFTER, STOPPED_AFTER, Peer, State
 
 
 @dataclass
@@ -50,12 +50,13 @@ def ended(folder: Path, processes: list[Any]) -> list[Ended]:
         ("raise-deaf", "rank 1: the camera is broken"),
         ("kill", "is gone without a word (last heard of the last step)"),
         ("kill-deaf", "is gone without a word (last heard of the last step)"),
+        ("leave-deaf", "rank 1 has stopped: saved after step 3"),
     ],
 )
 def test_the_others_end_with_the_error_of_the_rank_that_began_it(tmp_path, what, sentence):
     first, second, third = ended(tmp_path, start(tmp_path, what))
     assert first.code and second.code and third.code
-    assert second.code == -signal.SIGKILL if what.startswith("kill") else "the camera is broken" in second.err
+    assert second.code == -signal.SIGKILL if what.startswith("kill") else sentence.partition(": ")[2] in second.err
     assert sentence in first.err and "rank 1" in first.err
     if what.endswith("-deaf"):  # ended from outside, which rank 0 says and writes down, once
         assert sentence in first.out and "Traceback" not in first.err and sentence not in third.err
@@ -68,10 +69,23 @@ def test_the_rank_that_keeps_the_store_may_be_the_one(tmp_path, what):
     assert "rank 0" in second.err and ("the camera is broken" in second.err) == ("raise" in what)
 
 
+@pytest.mark.parametrize("what", ["first-freeze", "first-freeze-deaf"])
+def test_a_store_that_does_not_answer_keeps_nobody(tmp_path, what):
+    first, *others = start(tmp_path, what)
+    try:
+        for process in others:
+            process.join(30)
+        assert [process.exitcode for process in others] == [1, 1]
+    finally:
+        first.kill()
+    assert "error: rank 0 (pid " in (tmp_path / "err-1").read_text()
+
+
 def test_a_run_that_hangs_ends_with_the_stacks_of_all_ranks(tmp_path):
     found = ended(tmp_path, start(tmp_path, "hang"))
     assert [one.code for one in found] == [1, 1, 1]
-    assert "nothing got on for" in found[0].err and found[0].out.startswith("END nothing got on")
+    assert found[0].err.startswith("\nerror: nothing got on for") and found[0].out.startswith("END nothing got on")
+    assert "longer than callbacks.watchdog.step_minutes allows: rank 0" in found[0].err
     assert "rank 1: in watched_rank.py" in found[0].err and "act (the last step)" in found[0].err
     for rank in range(3):
         stack = (tmp_path / f"stacks/rank-{rank}.txt").read_text()
@@ -113,3 +127,7 @@ def test_who_counts_as_gone():
     assert not peer(host="n7").gone(LOST_AFTER - 1) and peer(host="n7").gone(LOST_AFTER + 1)
     assert not peer(ended="done", host="n7").gone(1e6)
     assert not Peer(1, 0.0).gone(1e6)  # it may be importing
+    stopped = peer(ended="saved after step 3", stopped=True)
+    assert not stopped.failed(STOPPED_AFTER - 1) and stopped.failed(STOPPED_AFTER + 1)
+    stopped.forgive(100.0)
+    assert not stopped.failed(100.0 + STOPPED_AFTER - 1) and stopped.failed(100.0 + STOPPED_AFTER + 1)

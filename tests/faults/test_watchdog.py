@@ -12,9 +12,10 @@ class Heard:
     """In the place of a watch."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float | None, str | None]] = []
+        self.marks: list[tuple[float | None, str]] = []
 
-    def mark(self, limit: float | None, doing: str | None = None) -> None:
+    def mark(self, limit: float | None, doing: str, key: str) -> None:
+        assert key == {STEP: "step_minutes", GENERATION: "generation_minutes"}[limit]
         self.marks.append((limit, doing))
 
 
