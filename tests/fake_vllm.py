@@ -29,12 +29,12 @@ class FakeVLLM:
         no_extension: was started without the worker extension. no_dev_mode: without the addresses for weights.
         other_grid: reads one image token more than there are.
         pace: seconds for each token. max_model_len: tokens.
-        bodies: of all generate requests. most: requests under way at one time, at most. loads: weights taken over.
-        pixels: images that were sent. written: tokens that were sent.
+        bodies: of all generate requests. running: those under way. most: how many of them there were at one time.
+        loads: weights taken over. pixels: images that were sent. written: tokens that were sent.
     """
 
     def __init__(self) -> None:
-        self.fail = self.cut = self.loads = self.most = self.running = self.written = 0
+        self.fail = self.cut = self.loads = self.most = self.written = 0
         self.status = 503
         self.wrong, self.pace, self.max_model_len = "", 0.0, 64
         self.no_extension = self.no_dev_mode = self.other_grid = False
@@ -43,6 +43,7 @@ class FakeVLLM:
         self.resets: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.pixels: list[Image.Image] = []
+        self.running: set[_Handler] = set()
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
         self._server.daemon_threads = True
@@ -113,8 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": {"message": "not now"}}, fake.status)
             return
         with fake.lock:
-            fake.running += 1
-            fake.most = max(fake.most, fake.running)
+            fake.running.add(self)
+            fake.most = max(fake.most, len(fake.running))
         try:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
@@ -122,19 +123,25 @@ class _Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):  # the client has gone
                 self._stream(body)
         finally:
-            with fake.lock:
-                fake.running -= 1
+            self._ended()
+
+    def _ended(self) -> None:
+        with self.fake.lock:
+            self.fake.running.discard(self)
 
     def _stream(self, body: dict[str, Any]) -> None:
         settings = body["sampling_params"]
         cut = self.fake.take("cut")
         prompt = self._expanded(body)
-        for place, token in enumerate(self.fake.tokens(settings["seed"], settings["max_tokens"])):
+        tokens = self.fake.tokens(settings["seed"], settings["max_tokens"])
+        for place, token in enumerate(tokens):
             time.sleep(self.fake.pace)
             logprobs = {"content": [{"token_id": token, "logprob": -float(token), "top_logprobs": []}]}
             event: dict[str, Any] = {"choices": [{"index": 0, "token_ids": [token], "logprobs": logprobs}]}
             if place == 0:
                 event["prompt_token_ids"] = prompt
+            if place == len(tokens) - 1:
+                self._ended()  # the client may send the next request as soon as it has the last token
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
             self.wfile.flush()
             self.fake.written += 1
