@@ -8,6 +8,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hydra
@@ -15,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kimivl.config import Interrupted, register, report_errors
+from kimivl.runtime.lock import only_run_in
 
 register()
 
@@ -36,6 +39,11 @@ def run(cfg: DictConfig) -> float | None:
         raise ValueError("data.phases: a phase needs lr")
     config = OmegaConf.to_container(cfg, resolve=True)
     write(folder / "run.json", {"status": "running", "config": config})
+    if event == "beside":  # the same command, typed while this job holds its folder as runs do
+        with only_run_in(folder):
+            again = [sys.executable, *sys.argv]
+            beside = subprocess.run(again, env=os.environ | {"QUADRATIC": "{}"}, capture_output=True, text=True)
+        (folder / "beside").write_text(beside.stderr)
     if event == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if event == "stop":

@@ -16,13 +16,18 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 PATIENCE = 3.0
 """Seconds for the run before this one to end: a user types the command again while it is still closing."""
+_REMEDY = "give this run a folder of its own with paths.output_dir=FOLDER"
 
 
 @contextmanager
-def only_run_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the lock of a run folder. It goes with the process, however that ends, and not with its children.
+def only_run_in(folder: Path, patience: float = PATIENCE, remedy: str = _REMEDY) -> Iterator[None]:
+    """Hold the lock of a run's folder, or of a search's. It goes with the process, however that ends, and not with its
+    children.
 
     POSIX locks hold between machines on NFS. Where the file system has none, the run goes on without, and says so.
+
+    Args:
+        remedy: what to type for another folder.
 
     Raises:
         ValueError: when another process holds it; the sentence says which. Or when nothing can be written there.
@@ -31,10 +36,7 @@ def only_run_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a+")
     except OSError as error:
-        raise ValueError(
-            f"{error.filename} cannot be written ({error.strerror}): give this run a folder of its own with "
-            "paths.output_dir=FOLDER"
-        ) from error
+        raise ValueError(f"{error.filename} cannot be written ({error.strerror}): {remedy}") from error
     with file:
         if _locked(file.fileno(), time.monotonic() + patience):
             file.truncate(0)
@@ -42,10 +44,7 @@ def only_run_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
             file.flush()
         else:
             holder = (folder / LOCK_FILE).read_text().strip() or "another run"
-            raise ValueError(
-                f"{folder} is in use by {holder}: wait for it, stop it, or give this run a folder of its own with "
-                "paths.output_dir=FOLDER"
-            )
+            raise ValueError(f"{folder} is in use by {holder}: wait for it, stop it, or {remedy}")
         yield
 
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import CompactHydraException
 from hydra.utils import instantiate
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from kimivl.config import METRICS_FILE, RUN_FILE
+from kimivl.runtime.lock import only_run_in
 from kimivl.sweep.command import begin
-from kimivl.sweep.grid import fixed_keys, last_of_each_key, stopped_by_hand
+from kimivl.sweep.grid import fixed_keys, last_of_each_key, stopped_by_hand, table_of
 from kimivl.sweep.launching import PointLauncher, check_ranks
-from kimivl.sweep.points import first_difference, folder_name, read_json, spell
+from kimivl.sweep.points import by_key, first_difference, folder_of, read_json, spell
 
 log = logging.getLogger(__name__)
 
@@ -36,28 +41,67 @@ def run_search(sweeper: Any, arguments: list[str]) -> None:
         sweeper: hydra-optuna-sweeper's, set up.
 
     Raises:
-        CompactHydraException: when the folder holds a study of other parameters, or no trial has a value.
+        CompactHydraException: when the folder holds a study of other parameters, another process searches there, or no
+            trial has a value.
     """
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     parsed = last_of_each_key(OverridesParser.create().parse_overrides([*params, *arguments]))
     space = sorted(one.get_key_element() for one in parsed if one.is_sweep_override())
     if not space and not sweeper.custom_search_space_extender:
         raise CompactHydraException("error: nothing to search; name a key, as in 'data.lr_scale=interval(0.1,10)'")
+    for one in parsed:
+        if isinstance(one.value(), Glob):
+            key = one.get_key_element()
+            raise CompactHydraException(f"error: {one.input_line}: a search takes choices by name, as in {key}=A,B")
     check_ranks(sweeper.launcher, sweeper.config, space)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it speaks of each table that it makes
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    [direction] = sweeper._get_directions()
-    worst = float("-inf" if direction == "maximize" else "inf")
+    directions = sweeper._get_directions()
+    if directions not in (["maximize"], ["minimize"]):
+        raise CompactHydraException(
+            f"error: hydra.sweeper.direction={','.join(directions)}: a run returns one metric; give maximize or "
+            "minimize"
+        )
+    worst = float("-inf" if directions == ["maximize"] else "inf")
     folder = Path(str(sweeper.config.hydra.sweep.dir))
-    folder.mkdir(parents=True, exist_ok=True)  # the database lies there
-    if study := _study(sweeper):
-        _check_same(study, space, parsed, folder)
-        _go_on(study, sweeper, folder)
-    begin(sweeper.config)
-    sweeper.launcher = PointLauncher(sweeper.launcher, sweeper.config, fixed_keys(parsed), worst)
-    with stopped_by_hand(sweeper.config, folder):
-        _search(sweeper, arguments, folder)
-    print(f"\nthe table: kimivl sweep {folder}")
+    with _alone_in(folder), _told(sweeper.storage):  # the database lies there
+        if study := _study(sweeper):
+            _check_same(study, space, parsed, folder)
+            _go_on(study, sweeper, folder)
+        begin(sweeper.config)
+        sweeper.launcher = PointLauncher(sweeper.launcher, sweeper.config, fixed_keys(parsed), worst)
+        with stopped_by_hand(sweeper.config, folder):
+            _search(sweeper, arguments, folder)
+    print(f"\n{table_of(folder)}")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A second search there would take the trials under way for trials that were stopped, and run them again."""
+    remedy = (
+        "give this search a folder of its own with hydra.sweep.dir=FOLDER; one search runs several trials at a time "
+        "with hydra.sweeper.n_jobs=2 hydra/launcher=local"
+    )
+    with ExitStack() as held:
+        try:
+            held.enter_context(only_run_in(folder, remedy=remedy))
+        except ValueError as error:
+            raise CompactHydraException(f"error: {error}") from error
+        yield
+
+
+@contextmanager
+def _told(storage: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # the database's own words, which both wrap in theirs
+            reason = reason.__cause__
+        raise CompactHydraException(
+            f"error: {make_url(storage).database} cannot be read or written ({reason}): end the process that holds it, or "
+            "move it away to begin anew"
+        ) from error
 
 
 def _search(sweeper: Any, arguments: list[str], folder: Path) -> None:
@@ -68,7 +112,7 @@ def _search(sweeper: Any, arguments: list[str], folder: Path) -> None:
         if _has_value(sweeper) or _is_under_way(sweeper):
             raise CompactHydraException(f"error: {error}") from error
     if not _has_value(sweeper):
-        raise CompactHydraException(f"\nerror: no trial has a value; why: kimivl sweep {folder}")
+        raise CompactHydraException(f"\nerror: no trial has a value; why: kimivl sweep {shlex.quote(str(folder))}")
 
 
 def _has_value(sweeper: Any) -> bool:
@@ -94,14 +138,15 @@ def _study(sweeper: Any) -> optuna.study.Study | None:
 def _check_same(study: optuna.study.Study, space: Sequence[str], overrides: Sequence[Override], folder: Path) -> None:
     """Values that were found under other settings would mislead the search."""
     remedy = "give this search a name of its own with hydra.sweeper.study_name=NAME"
-    now = {one.get_key_element(): one.get_value_element_as_str() for one in overrides if not one.is_sweep_override()}
+    fixed = [one for one in overrides if not one.is_sweep_override()]
+    now = by_key(f"{one.get_key_element()}={one.get_value_element_as_str()}" for one in fixed)
     for trial in study.trials:
         if trial.params and space and sorted(trial.params) != list(space):
             raise CompactHydraException(
                 f"error: {folder} holds a search of {', '.join(sorted(trial.params))}, not of {', '.join(space)}: "
                 f"{remedy}"
             )
-        before = trial.user_attrs
+        before = by_key(f"{key}={value}" for key, value in trial.user_attrs.items())
         if before and (key := first_difference(before, now)):
             told = f"{spell(before, key)}, and this one has {spell(now, key)}"
             raise CompactHydraException(f"error: {folder} holds a search with {told}: {remedy}")
@@ -137,7 +182,7 @@ def _go_on(study: optuna.study.Study, sweeper: Any, folder: Path) -> None:
 
 def _has_gone_on(trial: FrozenTrial, folder: Path) -> bool:
     """Whether a trial that was told to have failed was only stopped, or has been run to its end by somebody else."""
-    place = folder / folder_name([f"{key}={value}" for key, value in trial.params.items()])
+    place = folder_of(folder, [f"{key}={value}" for key, value in trial.params.items()])
     run = read_json(place / RUN_FILE)
     metric = read_json(place / METRICS_FILE).get(run.get("config", {}).get("optimized_metric", ""), math.nan)
     return run.get("status") in ("interrupted", "running") or run.get("status") == "finished" and math.isfinite(metric)

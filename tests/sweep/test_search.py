@@ -6,15 +6,18 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from swept import launched, sweep
 
+from kimivl.config import CONF, register
 from kimivl.sweep.folder import read_sweep
 from kimivl.sweep.points import folder_name
 from kimivl.sweep.summary import fold
 
 optuna = pytest.importorskip("optuna")
-from kimivl.sweep.search import _go_on, _study  # noqa: E402
+from kimivl.sweep.search import _go_on, _study, _told  # noqa: E402
 
 FIRST, SECOND, THIRD = "0.68", "2.75", "0.1"
 """How the first values that the search draws begin: its seed is fixed."""
@@ -97,7 +100,63 @@ def test_a_search_in_which_nothing_works_says_so(tmp_path):
     assert "Traceback" not in done.stderr
     other = sweep(tmp_path, "sweep=search", "optimizer.weight_decay=interval(0,1)")
     assert "holds a search of data.lr_scale, not of optimizer.weight_decay" in other.stderr
-    assert "nothing to search" in sweep(tmp_path, "sweep=search").stderr
+
+
+REFUSED = {
+    "nothing varies": ([], "nothing to search"),
+    "two directions": (
+        ["seed=1,2", "hydra.sweeper.direction=[maximize,minimize]"],
+        "hydra.sweeper.direction=maximize,minimize: a run returns one metric",
+    ),
+    "a glob": (["kernels=glob(*)"], "kernels=glob(*): a search takes choices by name, as in kernels=A,B"),
+    "no study": (["seed=1,2"], "study.db cannot be read or written (file is not a database)"),
+}
+
+
+@pytest.mark.parametrize(("typed", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_search_that_cannot_begin_says_why(tmp_path, typed, said):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "study.db").write_text("no database")
+    done = sweep(tmp_path, "sweep=search", f"hydra.sweep.dir={tmp_path}/own", *typed)
+    assert done.returncode == 1 and launched(tmp_path) == []
+    assert said in done.stderr and done.stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_second_search_beside_the_first_leaves_it_alone(tmp_path):
+    folder = tmp_path / "digits" / "sweeps" / "sft-lr"
+    done = sweep(tmp_path, "sweep=lr", "hydra.sweeper.n_trials=3", **{f"lr_{SECOND}": "beside"})
+    assert done.returncode == 0, done.stderr
+    assert trials(folder) == [(number, "COMPLETE") for number in range(3)] and len(launched(tmp_path)) == 3
+    [said] = folder.glob("*/beside")
+    assert f"error: {folder} is in use by process " in said.read_text()
+    assert "hydra.sweeper.n_jobs=2 hydra/launcher=local" in said.read_text()
+
+
+def test_a_study_that_another_process_holds_is_said_in_one_sentence(tmp_path):
+    sweeper = sweeper_of(tmp_path, trials=1)
+    optuna.create_study(storage=sweeper.storage, study_name="x")
+    sweeper.storage += "?timeout=0.1"
+    with closing(sqlite3.connect(tmp_path / "study.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        said = "/study.db cannot be read or written .database is locked.: end the process"
+        with pytest.raises(CompactHydraException, match=said), _told(sweeper.storage):
+            _study(sweeper)
+
+
+SAMPLERS = {
+    "own": ([], {"_target_": "optuna.samplers.TPESampler", "seed": 1, "n_startup_trials": 5}),
+    "random": (["hydra/sweeper/sampler=random"], {"_target_": "optuna.samplers.RandomSampler"}),
+    "grid": (["hydra/sweeper/sampler=grid"], {"_target_": "optuna.samplers.GridSampler"}),
+}
+
+
+@pytest.mark.parametrize(("typed", "settings"), SAMPLERS.values(), ids=SAMPLERS)
+def test_a_search_takes_any_sampler(typed, settings):
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["hydra/sweeper=search", *typed], return_hydra_config=True)
+    assert settings.items() <= dict(config.hydra.sweeper.sampler).items()
 
 
 @pytest.mark.slow
