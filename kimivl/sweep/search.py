@@ -99,8 +99,8 @@ def _told(storage: str | None) -> Iterator[None]:
         while reason.__cause__ is not None:  # the database's own words, which both wrap in theirs
             reason = reason.__cause__
         raise CompactHydraException(
-            f"error: {make_url(storage).database} cannot be read or written ({reason}): end the process that holds it, or "
-            "move it away to begin anew"
+            f"error: {make_url(storage).database} cannot be read or written ({reason}): end the process that holds it, "
+            "or move it away to begin anew"
         ) from error
 
 
