@@ -23,7 +23,7 @@ from kimivl.config import HISTORY_FILE, METRICS_FILE, RUN_FILE
 from kimivl.history import read_history
 from kimivl.runtime.lock import LOCK_FILE, is_alive
 from kimivl.sweep.command import MULTIRUN_FILE, command_of
-from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_name, key_of, matters, read_json, read_overrides
+from kimivl.sweep.points import OVERRIDES_FILE, by_key, folder_of, key_of, matters, read_json, read_overrides
 from kimivl.sweep.study import begun_trials
 
 Status = Literal["finished", "diverged", "failed", "killed", "interrupted", "running", "missing"]
@@ -109,7 +109,7 @@ def read_sweep(folder: Path, metric: str | None = None, direction: Literal["max"
     varied = _varied([*(job.values for job in begun), *points], swept)
     missing = [point for point in points if not any(_same(point, job.values, [*varied, SEED]) for job in begun)]
     varied = [key for key in varied if key != SEED]
-    jobs, repeated = _once(begun, varied)
+    jobs, repeated = _once(folder, begun, varied)
     left, uncounted = _trials_left(folder, jobs, settings) if search else (0, [])
     return Sweep(
         folder=folder,
@@ -260,15 +260,15 @@ def _same(one: Mapping[str, str], other: Mapping[str, str], keys: Sequence[str])
     return all(one.get(key) == other.get(key) for key in keys)
 
 
-def _once(jobs: Sequence[Job], keys: Sequence[str]) -> tuple[list[Job], list[str]]:
+def _once(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> tuple[list[Job], list[str]]:
     """One run for each point and seed, and a sentence on each that is left out: a copy, or typed without the seed.
 
     The run that the sweep itself asks for is kept: typed with its seed, and in a folder of its name.
     """
 
     def rank(job: Job) -> tuple[bool, bool, bool]:
-        name = folder_name(f"{key}={job.values[key]}" for key in [*keys, SEED] if key in job.values)
-        return SEED not in job.values, job.folder.name != name, job.status != "finished"
+        typed = [f"{key}={job.values[key]}" for key in [*keys, SEED] if key in job.values]
+        return SEED not in job.values, job.folder != folder_of(folder, typed), job.status != "finished"
 
     kept: dict[tuple[str | None, ...], Job] = {}
     for job in sorted(jobs, key=rank):

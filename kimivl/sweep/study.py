@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import closing
 from pathlib import Path
 
-from kimivl.sweep.points import folder_name
+from kimivl.sweep.points import folder_of
 
 
 def begun_trials(database: Path, name: str | None, under_way: AbstractSet[str]) -> int:
@@ -25,7 +25,9 @@ def begun_trials(database: Path, name: str | None, under_way: AbstractSet[str]) 
             f"SELECT value_json FROM study_user_attributes {of_study} AND key = 'repeated'", [name]
         ).fetchall()
         drawn = {
-            number: folder_name(_drawn(study, trial)) for trial, number, state in trials if state in ("FAIL", "RUNNING")
+            number: folder_of(database.parent, list(_drawn(study, trial))).name
+            for trial, number, state in trials
+            if state in ("FAIL", "RUNNING")
         }
     repeated = {number for (value,) in attributes for number in json.loads(value)}
     ended = sum(state in ("COMPLETE", "PRUNED") for _, _, state in trials)
