@@ -1,9 +1,10 @@
 """One rank of a run that does everything but train: loads packs, logs deliveries, keeps its place, and can be killed.
 
-    python tests/planned_run.py FOLDER DIGITS RANK RANKS WORKERS PORT
+    python tests/planned_run.py FOLDER DIGITS RANK RANKS WORKERS MEETING
 
-Ranks agree over gloo after every step. ``FOLDER/position.json`` is the checkpoint, written every other step;
-``FOLDER/steps.jsonl`` gets a digest of what all ranks had in each step, a step that is done again included.
+Ranks meet through the file ``MEETING``, and agree over gloo after every step. ``FOLDER/position.json`` is the
+checkpoint, written every other step; ``FOLDER/steps.jsonl`` gets a digest of what all ranks had in each step, a step
+that is done again included.
 """
 
 import json
@@ -32,8 +33,8 @@ LENGTHS = (192, 512)
 STEP_SECONDS = 0.02
 
 
-def main(folder: Path, digits: str, rank: int, ranks: int, workers: int, port: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def main(folder: Path, digits: str, rank: int, ranks: int, workers: int, meeting: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     processor = load_processor(f"{digits}/tokenizer")
     encoder = SampleEncoder(processor.tokenizer, processor.image_processor)
     storage = Storage()
@@ -103,4 +104,4 @@ def save(path: Path, state: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]), sys.argv[6])

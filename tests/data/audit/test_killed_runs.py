@@ -3,10 +3,10 @@
 import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+import uuid
 
 import pytest
 from command import ROOT
@@ -17,10 +17,8 @@ RANKS = (1, 2, 4)
 
 
 def start(folder, digits, ranks, workers):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [[folder, digits, rank, ranks, workers, port] for rank in range(ranks)]
+    meeting = folder / f"meeting-{uuid.uuid4().hex}"  # a port could be taken while the ranks import
+    arguments = [[folder, digits, rank, ranks, workers, meeting] for rank in range(ranks)]
     return [
         subprocess.Popen(
             [sys.executable, "tests/planned_run.py", *map(str, those)],
@@ -35,7 +33,7 @@ def start(folder, digits, ranks, workers):
 
 def finish(processes):
     for process in processes:
-        _, stderr = process.communicate(timeout=180)
+        _, stderr = process.communicate(timeout=900)
         assert process.returncode == 0, stderr.decode()[-3000:]
 
 
@@ -47,12 +45,13 @@ def steps_of(folder):
 def kill_after(processes, folder, steps, delay):
     """SIGKILL all ranks once ``steps`` more steps are done, and some of the next one."""
     before = len(steps_of(folder))
-    until = time.monotonic() + 120
-    while len(steps_of(folder)) < before + steps and time.monotonic() < until:
-        if any(process.poll() not in (None, 0) for process in processes):
-            break
+    until = time.monotonic() + 600
+    while len(steps_of(folder)) < before + steps and all(process.poll() is None for process in processes):
+        assert time.monotonic() < until, f"no {steps} steps in ten minutes"
         time.sleep(0.005)
     time.sleep(delay)
+    for process in processes:  # none may see another end, which would be its own error
+        process.send_signal(signal.SIGSTOP)
     for process in processes:
         process.kill()
     codes = [process.wait() for process in processes]
