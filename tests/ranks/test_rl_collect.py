@@ -163,13 +163,12 @@ def ends(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_all_leave_within_seconds_with_what_they_have(ends, name):
+def test_all_leave_at_once_with_what_they_have(ends, name):
     error, own, others = ENDS[name]
     found = [rank[name] for rank in ends[1]]
     assert [rank["kind"] for rank in found] == [others, own]
     assert str(error) in found[0]["said"] and (others != "PeerFailed" or "rank 1: " in found[0]["said"])
-    assert found[0]["drawn"] >= 1 and found[1]["drawn"] == 3
-    assert max(rank["seconds"] for rank in found) < 5  # rank 0 alone would have taken eight
+    assert 1 <= found[0]["drawn"] < 16 and found[1]["drawn"] == 3  # rank 0 has not drawn all of its share
     # One process goes on with what both have drawn, and asks for nothing twice.
     engine = FakeEngine()
     again = collector(Setting(), ends[0] / name).collect(engine, SumReward(), 0, 0.0, policy=lambda: "a")
@@ -179,7 +178,8 @@ def test_all_leave_within_seconds_with_what_they_have(ends, name):
 
 def test_a_rank_in_the_middle_of_a_long_response_leaves(ends):
     found = [rank["long"] for rank in ends[1]]
-    assert [rank["kind"] for rank in found] == ["Interrupted"] * 2 and max(rank["seconds"] for rank in found) < 5
+    assert [rank["kind"] for rank in found] == ["Interrupted"] * 2
+    assert max(rank["seconds"] for rank in found) < 30  # the response alone would have taken a minute
 
 
 def interrupted_again_and_again(folder: Path) -> list[int]:
