@@ -131,8 +131,9 @@ def hand_over(model: KimiVLForConditionalGeneration, processor: Any, folder: Pat
 
     A signal ends the writing, which takes minutes for a large model; the folder is then as it was before.
     """
+    # Signals come to ranks at different moments: whatever each was asked, all of them meet.
     with assembled(model):
-        interruption.until_asked(lambda: ranks.share(lambda: export_model(model, processor, folder)))
+        ranks.share(lambda: interruption.until_asked(lambda: export_model(model, processor, folder)))
 
 
 def describe_model(model: KimiVLForConditionalGeneration, processor: Any, folder: Path) -> None:

@@ -92,14 +92,14 @@ def _run(cfg: DictConfig, output_dir: Path, overrides: list[str], watch: Watch) 
     watch.on_end = lambda text: tracking.write_run(output_dir, "failed", config, text)
     outcome = "failed"
     try:
-        with interruption.told_apart():
-            for logger in _instantiated(cfg.logger):
-                loggers.append(logger)  # each is closed, also when the next cannot be made
-            metrics = _fit_and_hand_over(cfg, output_dir, loggers, config, resume, watch)
+        for logger in _instantiated(cfg.logger):
+            loggers.append(logger)  # each is closed, also when the next cannot be made
+        metrics = _fit_and_hand_over(cfg, output_dir, loggers, config, resume, watch)
         outcome = "success"
         tracking.write_run(output_dir, "finished", config)
         tracking.write_metrics(output_dir, metrics)
     except BaseException as caught:
+        interruption.hear_of_others()
         error = watch.leave(explained(caught, watch.doing, overrides, output_dir))
         stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
         outcome = "interrupted" if stopped else "failed"

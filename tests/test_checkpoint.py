@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
+from in_ranks import in_ranks
 
 from kimivl import checkpoint
 from kimivl.checkpoint import LAST, build_model, check_init_from, export_model, load_processor, resume_path
 from kimivl.config import compose_run
 from kimivl.model import KimiVLForConditionalGeneration, KimiVLImageProcessor, KimiVLProcessor
-from kimivl.runtime import interruption
+from kimivl.runtime import interruption, ranks
 from kimivl.tasks.digits import write
 
 
@@ -96,6 +97,24 @@ def test_a_signal_ends_the_hand_over_and_leaves_the_folder_of_before(
         assert interruption.agreed()  # the run asks, and stops there
     assert (folder / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def _handed_over_while_one_is_asked(folder: Path) -> list[tuple[bool, bool]]:
+    checkpoint.export_model = lambda model, processor, file: file.touch()
+    found = []
+    for asked in range(2):
+        file = folder / f"rank-{asked}-was-asked"
+        with interruption.listening(folder):
+            interruption.wait_for_a_step()
+            if ranks.rank() == asked:
+                signal.raise_signal(signal.SIGTERM)
+            checkpoint.hand_over(torch.nn.Linear(1, 1), None, file)
+            found.append((file.exists(), interruption.agreed()))
+    return found
+
+
+def test_a_signal_that_one_rank_has_heard_already_keeps_no_rank_waiting_at_the_hand_over(tmp_path):
+    assert in_ranks(_handed_over_while_one_is_asked, tmp_path) == [[(False, True), (True, True)]] * 2
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchanged at once", "renamed twice"])

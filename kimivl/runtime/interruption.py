@@ -148,19 +148,12 @@ def until_asked(work: Callable[[], None]) -> None:
         _listener.at_once = before
 
 
-@contextmanager
-def told_apart() -> Iterator[None]:
-    """A rank that another one leaves on a signal was interrupted too, whatever it makes of that."""
+def hear_of_others() -> None:
+    """What another rank was asked that left at once, this one was asked too: the first rank tells SLURM for all."""
     from kimivl.runtime import ranks
 
-    try:
-        yield
-    except (Interrupted, RuntimeError, ValueError) as error:
-        with suppress(RuntimeError):  # the rank that keeps the words has left
-            _listener.asked = _listener.asked or int(ranks.posted(_WORD) or NOTHING)
-        if isinstance(error, Interrupted) or not asked() or ranks.world_size() == 1:
-            raise
-        raise Interrupted(f"with the other ranks ({error}); the same command goes on") from error
+    with suppress(RuntimeError):  # the rank that keeps the words has left
+        _listener.asked = _listener.asked or int(ranks.posted(_WORD) or NOTHING)
 
 
 # What SLURM is told.

@@ -86,13 +86,16 @@ class Watch:
 
     def leave(self, error: BaseException | None) -> BaseException | None:
         """Say how this rank ends: its process is not ended from outside any more. Returns the error to raise: that of
-        the rank that began it, where ``error`` is only what the others see of it."""
+        the rank that began it, where ``error`` is only what the others see of it; Interrupted, where that one left on a
+        signal."""
         if self._left.is_set():
             return error
         if error is not None and self._board is not None and (is_echo(error) or is_echo(error.__cause__)):
-            self._wait_for_verdict()
+            stopped = self._wait_for_verdict()
             if self._verdict is not None and self._verdict.rank != self._rank:
                 error = ranks.PeerFailed(self._verdict.text).with_traceback(error.__traceback__)
+            elif stopped:
+                error = Interrupted("with the other ranks; the same command goes on")
         self._state.stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
         self._state.ended = "done" if error is None else str(error) or type(error).__name__
         if self._board is not None:
@@ -100,12 +103,13 @@ class Watch:
         self._left.set()  # not before: a store that does not answer keeps this thread
         return error
 
-    def _wait_for_verdict(self) -> None:
-        """Until it is known which rank it was, or that all were asked to stop."""
+    def _wait_for_verdict(self) -> bool:
+        """Until it is known which rank it was, or that one was asked to stop, and all with it: whether it was that."""
         deadline = time.monotonic() + LOST_AFTER + 4 * BEAT
-        while time.monotonic() < deadline and not any(peer.state.stopped for peer in self._peers.values()):
-            if self._judged.wait(0.1):
-                return
+        while time.monotonic() < deadline and not self._judged.wait(0.1):
+            if any(peer.state.stopped for peer in self._peers.values()):
+                return True
+        return False
 
     def __enter__(self) -> Self:
         if self._world > 1:

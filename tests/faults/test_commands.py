@@ -66,7 +66,8 @@ def test_two_ranks_go_on_after_each_fault_with_the_curve_of_an_uninterrupted_run
     run = Run(root, "struck", *TWO)
     assert "rank 1" in run.fails(*fault("kill", 2, rank=1))
     assert "rank 1 (pid" in run.said["error"]
-    assert "the camera is broken" in run.fails(*fault("raise", 3, rank=1))
+    told = "+callbacks.stop={_target_: stop_at.StopAt, step: 2, signal_name: SIGUSR2}"  # what fails after it, fails
+    assert "the camera is broken" in run.fails(told, *fault("raise", 3, rank=1))
     assert (run.said["status"], run.said["error"]) == ("failed", "rank 1: the camera is broken")
     assert "rank 0" in run.fails(*fault("kill", 3, rank=0))
     hung = run.fails(*fault("sleep", 4, rank=1), "callbacks.watchdog.step_minutes=0.2")

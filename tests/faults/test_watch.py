@@ -102,6 +102,13 @@ def test_ranks_that_stop_together_say_what_they_have_to_say(tmp_path):
         assert one.code == 1 and "Interrupted: saved after step 3" in one.err and "PeerFailed" not in one.err
 
 
+def test_ranks_that_one_leaves_on_a_signal_were_stopped_too(tmp_path):
+    first, second, third = ended(tmp_path, start(tmp_path, "leave"))
+    assert "Interrupted: saved after step 3" in second.err
+    for other in (first, third):
+        assert "Interrupted: with the other ranks; the same command goes on" in other.err
+
+
 def test_a_run_that_is_suspended_and_goes_on_is_not_ended(tmp_path):
     processes = start(tmp_path, "quiet", ranks=2)
     time.sleep(2)
