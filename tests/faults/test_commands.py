@@ -46,11 +46,11 @@ class Run:
         self.folder = root / name / "sft"
         self.command = [*COMMON, f"paths.root={root}", f"name={name}", EACH_STEP, *settings]
 
-    def fails(self, *overrides: str) -> str:
-        """What it says; it ends within a minute of its fault."""
+    def fails(self, *overrides: str, within: float = 60) -> str:
+        """What it says; it ends within so many seconds of its fault, a minute if a rank fails or dies."""
         done = train(*self.command, *overrides, check=False)
         assert done.returncode, done.stdout
-        assert all(time.time() - float(struck) < 60 for struck in re.findall(r"struck at (\S+)", done.stderr))
+        assert all(time.time() - float(struck) < within for struck in re.findall(r"struck at (\S+)", done.stderr))
         self.code = done.returncode
         return done.stderr
 
@@ -70,7 +70,7 @@ def test_two_ranks_go_on_after_each_fault_with_the_curve_of_an_uninterrupted_run
     assert "the camera is broken" in run.fails(told, *fault("raise", 3, rank=1))
     assert (run.said["status"], run.said["error"]) == ("failed", "rank 1: the camera is broken")
     assert "rank 0" in run.fails(*fault("kill", 3, rank=0))
-    hung = run.fails(*fault("sleep", 4, rank=1), "callbacks.watchdog.step_minutes=0.2")
+    hung = run.fails(*fault("sleep", 4, rank=1), "callbacks.watchdog.step_minutes=0.2", within=240)
     assert "rank 1: in fault_at.py" in hung and "nothing got on for" in run.said["error"]
     assert "_strike" in (run.folder / "stacks/rank-1.txt").read_text()
     assert (run.folder / "stacks/rank-0.txt").is_file()
