@@ -136,6 +136,24 @@ def validate(cfg: DictConfig) -> None:
     for key, problem in sorted(check_targets(cfg), key=lambda mistake: mistake[0].count(".")):
         own = key.removeprefix("module.")
         raise ValueError(f"{own if own in cfg else key}: {problem}")
+    _check_trainer(cfg.trainer)
+
+
+def _check_trainer(trainer: DictConfig) -> None:
+    """What Lightning takes without a word, and makes something else of than it seems to say."""
+    for key, wanted in (
+        ("gradient_clip_val", "a number above 0, or null for no clipping"),
+        ("accumulate_grad_batches", "1 or more"),
+        ("check_val_every_n_epoch", "1 or more; data.val_shards=null leaves validation out"),
+    ):
+        if (value := trainer.get(key)) is not None and not value > 0:
+            raise ValueError(f"trainer.{key}={value}: give {wanted}")
+    if trainer.get("fast_dev_run"):
+        raise ValueError("trainer.fast_dev_run ends as if all was trained; debug=miniature is a whole run in seconds")
+    if isinstance(name := trainer.get("strategy"), str) and name not in ("auto", "ddp"):
+        raise ValueError(
+            f"trainer.strategy={name}: type strategy=fsdp (without trainer.) for FSDP2, or strategy=auto for DDP"
+        )
 
 
 def _check_in_backward(cfg: DictConfig) -> None:

@@ -71,6 +71,14 @@ def test_data_on_the_command_line_wins_over_the_stage():
         ("activation_checkpointing", "some", "activation_checkpointing: 'some' is not one of none, full, selec"),
         ("optimizer.state_dtype", "int8", "optimizer.state_dtype: 'int8' is not one of float32, bfloat16 or null"),
         ("trainer.precision", "16-true", "trainer.precision=16-true: fp16 has not the range"),
+        ("trainer.gradient_clip_val", 0, "trainer.gradient_clip_val=0: give a number above 0, or null"),
+        ("trainer.gradient_clip_val", -1.0, "trainer.gradient_clip_val=-1.0: give a number above 0, or null"),
+        ("trainer.gradient_clip_val", "much", "trainer.gradient_clip_val: 'much' is not a"),
+        ("trainer.accumulate_grad_batches", 0, "trainer.accumulate_grad_batches=0: give 1 or more"),
+        ("trainer.check_val_every_n_epoch", 0, "trainer.check_val_every_n_epoch=0: give 1 or more; data.val_shards="),
+        ("trainer.fast_dev_run", True, "trainer.fast_dev_run ends as if all was trained; debug=miniature"),
+        ("trainer.strategy", "fsdp", "trainer.strategy=fsdp: type strategy=fsdp (without trainer.) for FSDP2"),
+        ("trainer.strategy", "ddp_spawn", "trainer.strategy=ddp_spawn: type strategy=fsdp"),
     ],
 )
 def test_mistakes_are_named(key, value, message):
@@ -80,3 +88,8 @@ def test_mistakes_are_named(key, value, message):
     with pytest.raises(ValueError) as error:
         validate(cfg)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("setting", ["trainer.gradient_clip_val=null", "trainer.strategy=ddp", "strategy=fsdp"])
+def test_what_turns_something_off_or_names_another_way_is_taken(setting):
+    validate(compose_run("stage=rl", setting))
