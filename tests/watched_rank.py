@@ -23,15 +23,15 @@ def main(folder: str, rank: int, ranks: int, port: int, what: str) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT), number)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    watch.BEAT, watch.GRACE, heartbeats.GONE_AFTER, heartbeats.LOST_AFTER = 0.2, 1.5, 1.0, 4.0
-    heartbeats.STOPPED_AFTER = 3.0
+    watch.BEAT, watch.GRACE, heartbeats.GONE_AFTER, heartbeats.LOST_AFTER = 0.5, 3.0, 1.5, 6.0
+    heartbeats.STOPPED_AFTER = 6.0
     if "freeze" in what:
-        heartbeats.FROZEN_AFTER = 3.0
+        heartbeats.FROZEN_AFTER = 6.0
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     with watch.Watch(Path(folder)) as watched:
         watched.on_end = lambda text: print("END", text, flush=True)
         for step in range(3):
-            watched.mark(1.0, f"step {step}")
+            watched.mark(30.0, f"step {step}")
             dist.all_reduce(torch.ones(1))
             time.sleep(0.3)
         doer = 0 if what.startswith("first-") else 1
@@ -42,24 +42,23 @@ def main(folder: str, rank: int, ranks: int, port: int, what: str) -> None:
 
 
 def act(watched: watch.Watch, what: str, mine: bool, deaf: bool) -> None:
-    watched.mark(3.0 if what == "hang" else 20.0, "the last step", "step_minutes")
+    watched.mark(5.0 if what in ("hang", "quiet") else 60.0, "the last step", "step_minutes")
     if what == "stop" or (what == "leave" and mine):
         raise Interrupted("saved after step 3")
     if mine:
-        if what == "kill":
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGKILL)
-        if what == "freeze":
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if what in ("kill", "freeze"):
+            said = watched._state.beat + 2  # with the second, the first is in the store
+            while watched._state.beat < said:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
         if what == "raise":
             raise RuntimeError("the camera is broken")
         if what == "hang":
             time.sleep(100)
         if what == "quiet":
             watched.mark(None, "indexing")
-            time.sleep(6)
-            watched.mark(1.0)
+            time.sleep(8)
+            watched.mark(30.0)
     if deaf and not mine:
         time.sleep(100)
     dist.all_reduce(torch.ones(1))

@@ -38,7 +38,7 @@ def start(folder: Path, what: str, ranks: int = 3) -> list[Any]:
 
 def ended(folder: Path, processes: list[Any]) -> list[Ended]:
     for process in processes:
-        process.join(60)
+        process.join(300)
     texts = [[(folder / f"{name}-{rank}").read_text() for name in ("out", "err")] for rank in range(len(processes))]
     return [Ended(process.exitcode, *said) for process, said in zip(processes, texts, strict=True)]
 
@@ -74,7 +74,7 @@ def test_a_store_that_does_not_answer_keeps_nobody(tmp_path, what):
     first, *others = start(tmp_path, what)
     try:
         for process in others:
-            process.join(30)
+            process.join(300)
         assert [process.exitcode for process in others] == [1, 1]
     finally:
         first.kill()
