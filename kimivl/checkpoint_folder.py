@@ -33,7 +33,7 @@ from kimivl.model.official_writing import sync
 from kimivl.optim.dealing import rows_of_ranks
 from kimivl.optim.matrices import local
 from kimivl.runtime import ranks
-from kimivl.runtime.faults import MachineFault, writing
+from kimivl.runtime.faults import reading, writing
 
 REST = "rest.pt"
 _MODEL, _OPTIMIZER = "state_dict", "optimizer"
@@ -46,14 +46,13 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write a Lightning checkpoint whose tensors may be cut up over the ranks. All ranks call this.
 
     Raises:
-        MachineFault: on the rank where the disk was full, and PeerFailed on the others; what was there before is whole.
-        CheckpointException: on all ranks, where one could not write for another reason.
+        MachineFault: on the rank that could not write, and PeerFailed on the others; what was there before is whole.
     """
     tensors, rest = _taken_apart(checkpoint)
     part = folder.with_name(f".{folder.name}.part")
-    ranks.share(lambda: _make_empty(part))
+    ranks.share(lambda: _make_empty(part, folder))
     try:
-        with _alone(), _said_by_one():
+        with _alone(), _said_by_one(ranks.rank()):
             dcp.save(tensors, storage_writer=_Writer(part, folder, _own_bytes(tensors)))
         ranks.share(lambda: _finish(rest, part, folder))
     finally:
@@ -69,13 +68,14 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-    folder.mkdir(parents=True)
+def _make_empty(part: Path, folder: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+    with writing(folder, 0):
+        part.mkdir(parents=True)
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's own, whose errors say that the disk is full where that is why."""
+    """torch's own, whose errors say why."""
 
     def __init__(self, part: Path, folder: Path, size: int) -> None:
         super().__init__(part, sync_files=True)
@@ -95,16 +95,20 @@ def _own_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 @contextmanager
-def _said_by_one() -> Iterator[None]:
-    """What torch raises on all ranks holds the errors of each: a full disk is one sentence, from the first that met
-    it."""
+def _said_by_one(own: int) -> Iterator[None]:
+    """What torch raises on all ranks, and is no Exception, holds the errors of each: only the first one's is raised,
+    and where that was told to stop, all stop.
+
+    Args:
+        own: the number of this rank among those that torch speaks of.
+    """
     try:
         yield
     except dcp.api.CheckpointException as error:
-        for rank, (failure, _) in sorted(error.failures.items()):
-            if isinstance(failure, MachineFault):
-                raise failure if rank == ranks.rank() else ranks.PeerFailed(f"rank {rank}: {failure}") from error
-        raise
+        rank, (failure, _) = min(error.failures.items())
+        if rank == own or not isinstance(failure, Exception):
+            raise failure from error
+        raise ranks.PeerFailed(f"rank {rank}: {failure}") from error
 
 
 def _finish(rest: dict[str, Any], part: Path, folder: Path) -> None:
@@ -138,7 +142,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     """The checkpoint in ``folder`` as that of one process, in the host's memory."""
     reader = _Reader(folder)
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in reader.tensors()}
-    with _alone():
+    with _alone(), _said_by_one(0):
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return _put_together(tensors, read_rest(folder))
 
@@ -150,6 +154,7 @@ def read_own(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> d
 
     Raises:
         ValueError: for a tensor of another shape than the model's, or one that the model does not have.
+        MachineFault: on a rank that cannot read its part, and PeerFailed on the others.
     """
     return _own_of_folder(path, model, optimizers) if path.is_dir() else _own_of_file(path, model, optimizers)
 
@@ -161,7 +166,8 @@ def _own_of_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]
     for name, shape, dtype in reader.tensors():
         owner = like(name, shape, path)
         tensors[name] = owner if name.startswith(f"{_MODEL}/") else torch.empty_like(owner, dtype=dtype)
-    dcp.load(tensors, storage_reader=reader)
+    with _said_by_one(ranks.rank()):
+        dcp.load(tensors, storage_reader=reader)
     return _put_together(tensors, rest)
 
 
@@ -251,11 +257,15 @@ class _Reader(dcp.FileSystemReader):
             yield name, place.size, place.properties.dtype
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
+        with reading(Path(self.path)), (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, *args: Any, **kwargs: Any) -> Any:
+        with reading(Path(self.path)):
+            return super().read_data(*args, **kwargs)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -100,7 +100,7 @@ def _run(cfg: DictConfig, output_dir: Path, overrides: list[str], watch: Watch) 
         tracking.write_metrics(output_dir, metrics)
     except BaseException as caught:
         interruption.hear_of_others()
-        error = watch.leave(explained(caught, watch.doing, overrides, output_dir))
+        error = watch.leave(explained(caught, watch.doing, config, overrides, output_dir))
         stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
         outcome = "interrupted" if stopped else "failed"
         with suppress(OSError):  # a full disk must not hide what happened

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kimivl.checkpoint import put_in_place
 from kimivl.checkpoint_folder import read_whole
-from kimivl.runtime.faults import writing
+from kimivl.runtime.faults import reading, writing
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,10 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         """A file's content; that of a folder, which the ranks of a sharded model have written, as if it were one."""
-        return read_whole(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *args, **options)
+        if Path(path).is_dir():
+            return read_whole(Path(path))
+        with reading(path):
+            return super().load_checkpoint(path, *args, **options)
 
     def _attempt(self, copied: dict[str, Any], path: Path) -> None:
         try:
