@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kimivl.callbacks import Checkpoint, CheckpointFiles
 from kimivl.callbacks.checkpoint import snapshot, tensor_bytes
+from kimivl.runtime.faults import MachineFault
 
 STATUS = Path("/proc/self/status")
 GB = 1e9
@@ -58,7 +59,7 @@ def disk(monkeypatch):
 def test_a_checkpoint_that_breaks_off_leaves_the_one_before(files, tmp_path):
     path = tmp_path / "last.ckpt"
     files.save_checkpoint({"step": 1}, path)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(MachineFault, match="no space"):
         files.save_checkpoint({"step": 2, "rest": Unsavable()}, path)
     assert torch.load(path) == {"step": 1} and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
@@ -105,7 +106,7 @@ def test_a_failure_is_raised_once(files, tmp_path):
     with files.in_background(GB):
         files.save_checkpoint({"rest": Unsavable()}, tmp_path / "last.ckpt")
     files._wait()
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(MachineFault, match="no space"):
         files.raise_failure()
     files.raise_failure()
     assert not list(tmp_path.iterdir())
@@ -122,7 +123,7 @@ def test_a_save_that_works_makes_up_for_one_that_did_not(files, tmp_path, caplog
 def test_the_end_of_a_fit_says_what_went_wrong(files, tmp_path, caplog):
     with files.in_background(GB):
         files.save_checkpoint({"rest": Unsavable()}, tmp_path / "last.ckpt")
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(MachineFault, match="no space"):
             files.teardown()
         files.save_checkpoint({"rest": Unsavable()}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="the loss is not a number"):
@@ -189,7 +190,7 @@ def test_the_next_step_says_what_went_wrong(trainer, files, tmp_path):
     trainer.state = {"rest": Unsavable()}
     callback.on_train_batch_end(trainer, None)
     files._wait()
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(MachineFault, match="no space"):
         callback.on_train_batch_start(trainer)
 
 
