@@ -89,6 +89,8 @@ class Throughput(Callback):
         work.samples += pack.num_samples
         work.room += _max_length(trainer) or 0
         self._uncounted += pack.num_tokens
+        if not trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return  # no step will take what is kept
         # Copies: a view would keep the whole pack in memory until the figures are made.
         targets = (pack.targets != IGNORE).sum()
         self._shapes.append((pack.cu_seqlens.clone(), pack.image_grid_hws.clone(), targets))

@@ -166,6 +166,12 @@ def test_a_pack_is_not_kept_in_memory(monkeypatch):
     assert not kept & {one.cu_seqlens.untyped_storage().data_ptr(), one.image_grid_hws.untyped_storage().data_ptr()}
 
 
+def test_nothing_is_kept_where_no_step_logs(monkeypatch):
+    loop = Loop(monkeypatch, every=0)
+    loop.batch(pack(16), 1.0)
+    assert not loop.callback._shapes and loop.callback.state_dict() == {"tokens_seen": 16}
+
+
 @pytest.mark.parametrize("peak", [0, -1.0])
 def test_a_peak_is_positive(peak):
     with pytest.raises(ValueError, match="peak_tflops"):
