@@ -19,7 +19,7 @@ from pathlib import Path
 from command import ROOT
 from fork_server import SERVER
 
-LEFT_S = 10.0
+LEFT_S = 60.0
 """Seconds that the processes of a run (workers of loaders and verifiers) may outlive it."""
 
 

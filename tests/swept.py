@@ -19,7 +19,7 @@ def sweep(root: Path, *overrides: str, **events: str) -> subprocess.CompletedPro
     typed = ["stage=sft", f"paths.root={root}", *overrides]
     typed.sort(key=lambda word: not word.startswith("--"))  # no option may stand between overrides
     command = [sys.executable, str(SCRIPT), "-m", *typed]
-    return subprocess.run(command, cwd=root, env=os.environ | own, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=root, env=os.environ | own, capture_output=True, text=True, timeout=600)
 
 
 def launched(root: Path) -> list[str]:

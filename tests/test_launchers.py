@@ -57,7 +57,7 @@ def account(folder) -> list[str]:
 
 
 def wait_for(folder, lines: int) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while len(account(folder)) < lines:
         assert time.monotonic() < end, account(folder)
         time.sleep(0.05)
@@ -69,12 +69,12 @@ def stop(process: subprocess.Popen, number: int) -> str:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    return process.communicate(timeout=60)[0]
+    return process.communicate(timeout=300)[0]
 
 
 def test_so_many_at_a_time_as_there_is_room_for(start, tmp_path):
     process = start("seed=1,2,3", "hydra.launcher.array_parallelism=1", patience=0.2)
-    assert process.wait(120) == 0, process.communicate()
+    assert process.wait(300) == 0, process.communicate()
     assert account(tmp_path) == [f"{what} {seed}" for seed in (1, 2, 3) for what in ("begun", "ended")]
 
 
@@ -83,7 +83,7 @@ ASKED_TO_STOP = [signal.SIGINT, *OF_SCHEDULERS]
 
 @pytest.mark.parametrize("number", ASKED_TO_STOP)
 def test_a_sweep_that_is_stopped_lets_its_jobs_save_themselves(start, tmp_path, number):
-    process = start("seed=1,2", "hydra.launcher.array_parallelism=1", patience=60)
+    process = start("seed=1,2", "hydra.launcher.array_parallelism=1", patience=300)
     wait_for(tmp_path, 1)
     printed = stop(process, number)
     assert process.returncode == 130 and "Traceback" not in printed, printed
@@ -93,10 +93,10 @@ def test_a_sweep_that_is_stopped_lets_its_jobs_save_themselves(start, tmp_path, 
 
 def test_one_process_may_be_told_alone(start, tmp_path):
     """As an editor's stop button and ``kill -INT`` do: no terminal has told the jobs."""
-    process = start("seed=1", patience=60)
+    process = start("seed=1", patience=300)
     wait_for(tmp_path, 1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and account(tmp_path) == ["begun 1", "saved 1"]
+    assert process.wait(300) == 130 and account(tmp_path) == ["begun 1", "saved 1"]
 
 
 IN_BATCHES = ["hydra.sweeper.max_batch_size=2", "seed=1,2,3"]
@@ -112,7 +112,7 @@ SEARCH = ["hydra/sweeper=search", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_tri
 def test_jobs_that_are_stopped_end_the_sweep_and_are_gone_on_with(start, tmp_path, number, sweeper):
     """Also when no job of their batch is left to be started."""
     typed = [*sweeper, "hydra.launcher.array_parallelism=2"]
-    process = start(*typed, patience=60)
+    process = start(*typed, patience=300)
     wait_for(tmp_path, 2)
     printed = stop(process, number)
     assert process.returncode == 130 and "Traceback" not in printed, printed
@@ -121,7 +121,7 @@ def test_jobs_that_are_stopped_end_the_sweep_and_are_gone_on_with(start, tmp_pat
     assert sorted(before) == sorted(f"{what} {seed}" for seed in seeds for what in ("begun", "saved"))
 
     again = start(*typed, patience=0.1)
-    assert again.wait(120) == 0, again.communicate()
+    assert again.wait(300) == 0, again.communicate()
     after = account(tmp_path)[len(before) :]
     begun = [line.split()[1] for line in after if line.startswith("begun")]
     assert set(begun[:2]) == seeds and len(set(begun)) == 3
@@ -142,7 +142,7 @@ def test_jobs_are_told_what_the_sweep_was_told(start, tmp_path, number, told):
     """A run makes more of USR2, which SLURM sends before it takes the machine away, than of TERM."""
     path = with_programs(tmp_path, scontrol=f'case "$*" in *show*) ;; *) echo "$@" >> {tmp_path}/told ;; esac')
     (tmp_path / "told").touch()
-    process = start("seed=1", patience=60, SLURM_JOB_ID="7", PATH=path)
+    process = start("seed=1", patience=300, SLURM_JOB_ID="7", PATH=path)
     wait_for(tmp_path, 1)
     stop(process, number)
     assert process.returncode == 130 and account(tmp_path) == ["begun 1", "saved 1"]
@@ -172,7 +172,7 @@ def test_a_job_that_has_just_begun_keeps_a_signal_until_it_listens(tmp_path, num
     executor.update_parameters(timeout_min=10, tasks_per_node=2)
     job = executor.submit(job)
     job._process.send_signal(number)  # when not even its interpreter runs
-    assert job._process.wait(60) == 0
+    assert job._process.wait(300) == 0
     assert job.results() == [NOT_BEGUN] * 2
 
 
@@ -196,7 +196,7 @@ def test_a_result_that_an_earlier_process_has_left_is_not_taken_for_the_jobs(tmp
     executor = local_jobs.Executor(tmp_path / "%j")
     executor.update_parameters(timeout_min=10)
     job = executor.submit(killed)
-    job._process.wait(60)
+    job._process.wait(300)
     assert launcher(LocalLauncher).outcome(job, ["seed=1"]).status == JobStatus.FAILED
 
 
@@ -206,7 +206,7 @@ def test_jobs_share_the_cores_that_the_sweep_may_use(start, tmp_path, chosen):
     core = {min(os.sched_getaffinity(0))}
     given = {"OMP_NUM_THREADS": chosen} if chosen else {}
     process = start("test=true,false", "seed=${oc.env:OMP_NUM_THREADS}", patience=0.2, cores=core, **given)
-    assert process.wait(120) == 0, process.communicate()
+    assert process.wait(300) == 0, process.communicate()
     assert account(tmp_path) == [f"begun {chosen or 1}", f"ended {chosen or 1}"] * 2
 
 
@@ -244,8 +244,8 @@ def test_threads_are_dealt_to_what_runs_at_the_same_time(monkeypatch, cores, set
 
 @pytest.mark.parametrize("chosen", ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-1,MIG-2"])
 def test_gpus_that_have_names_are_refused_in_a_sentence(start, tmp_path, chosen):
-    process = start("seed=1,2", "hydra.launcher.gpus_per_node=1", patience=60, CUDA_VISIBLE_DEVICES=chosen)
-    printed = process.communicate(timeout=60)[0]
+    process = start("seed=1,2", "hydra.launcher.gpus_per_node=1", patience=300, CUDA_VISIBLE_DEVICES=chosen)
+    printed = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "Traceback" not in printed and account(tmp_path) == []
     assert f"error: CUDA_VISIBLE_DEVICES={chosen}: hydra/launcher=local deals GPUs out by their numbers; " in printed
 
@@ -286,10 +286,10 @@ def test_gpus_only_where_the_trainer_has_them(kind, gpus):
 def test_a_sweep_that_waits_for_slurm_says_how_it_goes_on(start, tmp_path, number):
     """Its jobs are SLURM's, and go on."""
     path = with_programs(tmp_path, sbatch='echo "Submitted batch job 17"', squeue="echo 17_0 17_1")
-    process = start("seed=1,2", launcher="slurm", patience=60, PATH=path)
+    process = start("seed=1,2", launcher="slurm", patience=300, PATH=path)
     while "SLURM job 17" not in (line := process.stdout.readline()):
         assert line
-    time.sleep(0.5)
+    time.sleep(2)
     printed = stop(process, number)
     assert process.returncode == 130 and "Traceback" not in printed, printed
     assert "the jobs go on without this process; stop them with: scancel 17" in printed

@@ -54,7 +54,9 @@ def test_it_runs(notebook, kernel, tmp_path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    NotebookClient(notebook, timeout=240, kernel_name=kernel, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=1200, kernel_name=kernel, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     assert pictures(notebook) == drawn > 0
     said = "\n".join(texts(notebook))
     assert "largest difference between packed and alone" in said and "expected reward" in said

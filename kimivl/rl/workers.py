@@ -96,13 +96,13 @@ class Worker:
         except (EOFError, OSError):
             return None
 
-    def end(self) -> str:
-        """Kill it, and say how it ended if it had ended before."""
+    def end(self, leaves_within: float = 0.05) -> str:
+        """Kill it unless it leaves by itself in so many seconds; say how it ended if it did."""
         self.line.close()
         code = self.process.poll()
         if code is None:
-            try:  # its line breaks just before it is gone
-                code = self.process.wait(0.05)
+            try:
+                code = self.process.wait(leaves_within)
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):  # with what the verifier has started
                     os.killpg(self.process.pid, signal.SIGKILL)
@@ -248,7 +248,7 @@ class VerifierPool:
         """A worker that is dead or past its deadline is ended, and replaced when there is more to do."""
         late = worker.process.poll() is None and time.monotonic() >= worker.deadline
         asked = worker.case is not None
-        how = self._drop(worker)
+        how = self._drop(worker, 0.05 if late else 2.0)  # its line breaks just before it is gone
         if not asked:
             self._start_failed(f"it said nothing for {START_S:.0f} s" if late else how)
             return None
@@ -262,9 +262,9 @@ class VerifierPool:
             )
         log.warning("a verifier's worker did not start: %s", how)
 
-    def _drop(self, worker: Worker) -> str:
+    def _drop(self, worker: Worker, leaves_within: float = 0.05) -> str:
         # In this order: an interpreter that ends in between still finds the worker, and ends it.
-        how = worker.end()
+        how = worker.end(leaves_within)
         with contextlib.suppress(ValueError):  # which has been so
             self._pool.remove(worker)
         return how

@@ -132,7 +132,7 @@ def samples(draw: st.DrawFn) -> Sample:
     return Sample("any", messages, images=tuple(images))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(sample=samples())
 def test_what_is_measured_is_what_is_encoded(encoder, sample):
     encoded = encoder.encode(sample)

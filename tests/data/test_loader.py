@@ -38,7 +38,7 @@ def test_every_sample_once_over_workers_and_ranks(index, encoder, plan_of, worke
     assert seen == expected
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_ranks_and_any_stops_give_the_plan(index, encoder, plan_of, data):
     """Stopped after any steps, and on with any number of ranks that divides a step: the packs of the plan, in order."""
@@ -216,4 +216,4 @@ def test_workers_leave_no_processes_behind(index, encoder, plan_of):
     packs = iter(PackLoader(plan_of(index), index, encoder, num_workers=2))
     next(packs)
     packs.close()
-    assert len(multiprocessing.active_children()) == before
+    assert len(multiprocessing.active_children()) <= before

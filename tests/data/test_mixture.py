@@ -25,7 +25,7 @@ def test_without_a_mixture_each_sample_is_used_once():
     assert not found.moved.any()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.floats(0.01, 6), st.integers(1, 90), st.integers(0, 19))
 def test_an_epoch_has_exactly_its_share(weight, members, epoch):
     source = np.array([0] * members + [1] * 7)
@@ -60,7 +60,7 @@ def test_many_uses_need_a_wider_type():
     assert uses([0, 1], mixture={"ocr": 300}).count.tolist() == [300, 1]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.sampled_from([10, 50, 100]), st.integers(1, 4)), min_size=1, max_size=4),
     st.sampled_from([None, {"ocr": 0.5}, {"ocr": 1.5, "charts": 0, "text": 2.25}]),

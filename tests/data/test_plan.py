@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kimivl.data.plan import Plan, plan_epoch, sample_cost
 
 LONG = 131_072
-few_examples = settings(max_examples=60, deadline=None, derandomize=True)
+few_examples = settings(max_examples=60)
 
 
 def realistic(count: int, seed: int = 0) -> dict[str, np.ndarray]:

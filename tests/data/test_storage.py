@@ -68,9 +68,9 @@ def in_child(work) -> object:
     child = multiprocessing.get_context("fork").Process(target=lambda: send.send(work()))
     child.start()
     try:
-        return receive.recv() if receive.poll(20) else None
+        return receive.recv() if receive.poll(120) else None
     finally:
-        child.join(5)
+        child.join(120)
 
 
 @pytest.mark.parametrize(("offset", "size"), SPANS)
@@ -116,7 +116,7 @@ def test_many_processes_at_once_fetch_a_block_once(store: Storage, server: Range
     for reader in readers:
         reader.start()
     for reader in readers:
-        reader.join(20)
+        reader.join(120)
     assert [reader.exitcode for reader in readers] == [0] * 4
     assert len(server.gets) == 1
 
@@ -165,13 +165,13 @@ def test_waits_grow_and_differ(server: RangeServer, shard: str, tmp_path: Path, 
 def test_a_dead_server_costs_a_limited_time(
     store: Storage, server: RangeServer, shard: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(storage, "TIMEOUT", 0.1)
+    monkeypatch.setattr(storage, "TIMEOUT", 1.0)
     store.stat(shard)
     server.delay = 30
     start = time.monotonic()
     with pytest.raises(OSError, match=shard):
         store.read(shard, 0, 10)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     server.delay = 0
 
 
@@ -266,7 +266,7 @@ def test_the_cache_stays_within_its_bound_under_two_processes(shard: str, conten
     for reader in readers:
         reader.start()
     for reader in readers:
-        reader.join(25)
+        reader.join(120)
     assert [reader.exitcode for reader in readers] == [0, 0, 0]
     assert 0 < held(folder) <= limit
 

@@ -71,7 +71,7 @@ def test_tars_of_the_tar_command_are_read(tmp_path: Path):
             assert read_sample(LOCAL, str(path), record.offset, record.size).images == (picture(),)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_whatever_is_damaged_only_faults_of_samples_come_out(data: st.DataObject):
     """Damage in some bytes of a tar with plain, pax and GNU headers: no other error, and no sample made up."""
@@ -92,7 +92,7 @@ def test_whatever_is_damaged_only_faults_of_samples_come_out(data: st.DataObject
         shutil.rmtree(folder)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     names=st.lists(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=120), max_size=4

@@ -125,9 +125,7 @@ GRID = st.tuples(st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 6]))
 SAMPLE = st.tuples(st.integers(2, 24), st.lists(GRID, max_size=2))
 
 
-@settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(shapes=st.lists(SAMPLE, min_size=1, max_size=40))
 @example(shapes=[(2 + number, [(2, 4), (4, 2 + number % 3 * 2)][: number % 3]) for number in range(40)])
 def test_packed_equals_alone_for_any_samples(small, make_sample, shapes):

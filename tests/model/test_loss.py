@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 # ---- equal to the plain loss ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     positions=st.integers(0, 40),
     words=st.integers(1, 300),

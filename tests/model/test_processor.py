@@ -52,7 +52,7 @@ def plain_grid(width: int, height: int, limit: int) -> tuple[int, int]:
     return 2 * -(-height // 28), 2 * -(-width // 28)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([16, 256, 4096, 16384]))
 def test_the_grid_is_that_of_the_plain_arithmetic(width, height, limit):
     images = KimiVLImageProcessor(in_token_limit=limit)
@@ -70,7 +70,7 @@ def test_the_grid_is_that_of_the_plain_arithmetic(width, height, limit):
         assert (h - 2) * (w - 2) <= limit * width * height / whole
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([16, 64, 256]))
 def test_the_patches_have_the_promised_grid_whoever_resizes(width, height, limit):
     pixels = np.full((height, width, 3), 200, np.uint8)

@@ -71,7 +71,7 @@ def test_sdpa_of_other_devices_equals_dense(widths, causal):
         torch.testing.assert_close(one, other)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=40), st.booleans(), st.sampled_from(WIDTHS))
 def test_sdpa_of_any_lengths(lengths, causal, widths):
     assert_equals_dense(inputs(sum(lengths), *widths, dtype=torch.float64), lengths, causal, "sdpa")

@@ -52,7 +52,7 @@ def test_no_empty_segments(lengths):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(lengths=LENGTHS)
 @example(lengths=[BLOCK, 2 * BLOCK, 1])
 @example(lengths=[3, 2 * BLOCK - 3])

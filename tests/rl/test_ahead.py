@@ -52,7 +52,7 @@ def test_closed_it_is_idle_and_begins_nothing_more():
 
     def collect(iteration: int, version: int) -> int:
         begun.set()
-        time.sleep(0.1)
+        time.sleep(1.0)
         ended.append(iteration)
         return version
 

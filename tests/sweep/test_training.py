@@ -30,8 +30,9 @@ def test_a_search_that_was_killed_in_training_goes_on_from_the_checkpoint(tmp_pa
     environment = os.environ | {"WANDB_MODE": "offline"}
     command = [sys.executable, "train.py", *typed]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list(folder.glob("*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 900
+    while not list(folder.glob("*/checkpoints/last.ckpt")):
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -164,7 +164,7 @@ def lives(draw: st.DrawFn) -> tuple[int, list[dict[str, int]]]:
     return epochs, attempts
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(lives())
 def test_kills_resumes_and_other_ranks_leave_every_sample_used_once(tmp_path_factory, life):
     epochs, attempts = life
@@ -217,7 +217,7 @@ CONSISTENT = ("two samples swapped", "another pack", "a hole")
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(ranks=st.sampled_from([1, 2]), data=st.data())
 def test_no_change_of_a_delivery_escapes(tmp_path_factory, change, ranks, data):
     run = SimulatedRun(tmp_path_factory.mktemp("run"))

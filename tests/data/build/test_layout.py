@@ -23,7 +23,7 @@ def test_the_example() -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.lists(st.integers(0, 12), max_size=20), min_size=3, max_size=3), room=st.integers(1, 30))
 def test_every_row_is_in_one_shard_that_is_not_too_large(sizes: list[list[int]], room: int) -> None:
     weights = {(file.name, row): size for file, rows in zip(FILES, sizes, strict=True) for row, size in enumerate(rows)}

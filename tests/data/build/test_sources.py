@@ -44,7 +44,7 @@ def test_rows_from_any_place(tmp_path: Path, name: str, monkeypatch: pytest.Monk
         assert [row.fields for row in rest] == ROWS[place:]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     rows=st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text()))), seed=st.integers(1, 9)
 )
