@@ -51,7 +51,8 @@ class SentRun:
     @property
     def machine(self) -> list[dict[str, Any]]:
         """Rows of what the machine of the run did."""
-        return [json.loads(line) for line in self.files["wandb-events.jsonl"].values()]
+        # A copy: the server may be taking others meanwhile.
+        return [json.loads(line) for line in list(self.files["wandb-events.jsonl"].values())]
 
     @property
     def summary(self) -> dict[str, Any]:
