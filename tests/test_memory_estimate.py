@@ -601,7 +601,11 @@ def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         (["data.phases=[]"], "data.phases is empty"),
         (["stage=sft", "data.phases.0.max_length=null"], "data.phases.0.max_length"),
         (["activation_checkpointing=half"], "activation_checkpointing: 'half' is not one of none, full, selective"),
-        (["trainer.strategy=deepspeed"], "trainer.strategy=deepspeed: the estimate knows strategy=auto"),
+        (["trainer.strategy=deepspeed"], "trainer.strategy=deepspeed: type strategy=fsdp"),
+        (
+            ["trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"],
+            "trainer.strategy=DDPStrategy: the estimate knows strategy=auto",
+        ),
         (["model=kimi_vl_13b"], "kimi_vl_13b"),
         (["lora=attention", "lora.targets=[knees]"], "knees"),
     ],

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from fork_server import SERVER
 
 from kimivl.runtime import launch, meeting
@@ -27,7 +28,7 @@ def _rank(folder: Path, rank: int, port: int, environment: dict[str, str], lack:
         with listening(folder):
             (folder / f"begun-{rank}").touch()
             with joined(find_place(), "cpu", timedelta(seconds=60)):
-                pass
+                dist.barrier()  # gloo connects the ranks by then: one that left before would break that off
     except BaseException as error:
         said = f"{type(error).__name__}: {error}"
     (folder / f"said-{rank}").write_text(said)
