@@ -73,11 +73,9 @@ class Watch:
             doing: what the rank does from here on, for the sentence of a failure.
             key: what sets the limit, under ``callbacks.watchdog``.
         """
-        self._state.limit, self._state.doing, self._state.key = (
-            limit,
-            doing or self._state.doing,
-            key or self._state.key,
-        )
+        self._state.limit = limit
+        self._state.doing = doing or self._state.doing
+        self._state.key = key or self._state.key
         self._state.progress += 1
 
     @property

@@ -248,5 +248,6 @@ def _never_wait(run: Any) -> None:
 
 
 def with_parent(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the id of the run whose model it begins with, where there is one."""
     parent = parent_of(config.get("init_from")).get("id")
     return config if parent is None else {**config, "parent_run": parent}
